@@ -1,0 +1,5 @@
+import sys
+
+from flashlab.cli import main
+
+sys.exit(main())

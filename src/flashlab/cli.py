@@ -1,0 +1,124 @@
+"""The `flashlab` command line.
+
+Every command is a plain function: its signature is its options, its docstring their help, and `--config FILE` fills any
+of them from YAML. The table below names the functions; a module is imported only when its command is asked for, so that
+`flashlab --help` answers at once.
+"""
+
+import difflib
+import inspect
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from typing import Any, NoReturn, get_args, get_origin
+
+import docstring_parser
+from jsonargparse import ActionConfigFile, ArgumentParser
+
+from flashlab import __version__
+from flashlab.errors import UserError
+
+COMMANDS = {
+    "doctor": ("flashlab.doctor:doctor", "say what this machine has, what will be used and what is wrong"),
+    "data fetch": ("flashlab.btc.fetch:fetch", "download the public Bitcoin minute bars"),
+    "data simulate": ("flashlab.btc.simulate:simulate", "write realistic minute bars from a seed number"),
+    "data prepare": ("flashlab.btc.prepare:prepare", "clean minute bars into the set that training reads"),
+    "data describe": ("flashlab.btc.describe:describe", "say what a CSV or a prepared set holds, with a plot"),
+    "train": ("flashlab.btc.train:train", "train the minute-bar forecaster"),
+    "evaluate": ("flashlab.btc.evaluate:evaluate", "score a trained forecaster beside its baselines"),
+    "report": ("flashlab.btc.report:report", "draw and write the report of an evaluated run"),
+}
+
+
+class Parser(ArgumentParser):
+    """An ArgumentParser whose errors are one line."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        raise UserError(f"{' '.join(message.split())} (`{self.prog} --help` lists what it takes)")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Returns:
+        The exit code: 0, 1 for a check that found something wrong, 2 for a user's mistake, 128 + signal for a stop.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        name = next((name for name in COMMANDS if argv[: len(name.split())] == name.split()), None)
+        if name is None:
+            return _overview(argv)
+        command = load(name)
+        options = build_parser(name, command)
+        parsed = options.parse_args(_complete_flags(command, argv[len(name.split()) :]))
+        arguments = options.instantiate(parsed).as_dict()
+        return command(**{key: arguments[key] for key in inspect.signature(command).parameters}) or 0
+    except UserError as error:
+        print(f"flashlab: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("flashlab: interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
+
+
+def load(name: str) -> Callable[..., int | None]:
+    """Import the function behind a command."""
+    module, function = COMMANDS[name][0].split(":")
+    return getattr(import_module(module), function)
+
+
+def build_parser(name: str, command: Callable[..., Any]) -> Parser:
+    """Build the parser of one command from its function.
+
+    A parameter that may be passed by position and has no default is a positional argument (a list takes one or more
+    values); all others are options.
+    """
+    parser = Parser(prog=f"flashlab {name}", description=inspect.getdoc(command).split("\n\nArgs:")[0])
+    parser.add_argument("--config", action=ActionConfigFile, help="YAML file with any of these options; repeatable")
+    parser.add_function_arguments(command, as_positional=False, skip=set(positional := _positionals(command)))
+    help_lines = {param.arg_name: param.description for param in docstring_parser.parse(command.__doc__).params}
+    for parameter in positional.values():
+        is_list = get_origin(parameter.annotation) is list
+        value_type = get_args(parameter.annotation)[0] if is_list else parameter.annotation
+        nargs = {"nargs": "+"} if is_list else {}
+        parser.add_argument(parameter.name, type=value_type, help=help_lines[parameter.name], **nargs)
+    return parser
+
+
+def _positionals(command: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    return {
+        name: parameter
+        for name, parameter in inspect.signature(command).parameters.items()
+        if parameter.default is parameter.empty and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
+    }
+
+
+def _complete_flags(command: Callable[..., Any], argv: list[str]) -> list[str]:
+    """Let `--resume` stand for `--resume true`."""
+    flags = {
+        f"--{name}"
+        for name, parameter in inspect.signature(command).parameters.items()
+        if parameter.annotation is bool
+    }
+    completed = []
+    for here, after in zip(argv, [*argv[1:], ""], strict=True):
+        completed += [here, "true"] if here in flags and after not in ("true", "false") else [here]
+    return completed
+
+
+def _overview(argv: list[str]) -> int:
+    """Answer `flashlab`, `--help`, `--version`, and a command that does not exist."""
+    if argv == ["--version"]:
+        print(__version__)
+        return 0
+    asked = " ".join(argument for argument in argv if not argument.startswith("-"))
+    listed = {name: summary for name, (_, summary) in COMMANDS.items() if name.startswith(asked)}
+    if asked and not listed:
+        nearest = difflib.get_close_matches(asked, COMMANDS, n=1, cutoff=0.0)[0]
+        raise UserError(f"no command {asked!r}; did you mean `flashlab {nearest}`? (`flashlab --help` lists them)")
+    width = max(map(len, listed))
+    print("usage: flashlab COMMAND [options]\n\nFlashAttention that works, and workloads that show it works.\n")
+    print(*(f"  {name:{width}}  {summary}" for name, summary in listed.items()), sep="\n")
+    print("\n`flashlab COMMAND --help` lists the options of a command.")
+    return 0

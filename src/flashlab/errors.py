@@ -1,0 +1,30 @@
+"""Mistakes that are the user's to fix."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+class UserError(Exception):
+    """A mistake in input or configuration, or a machine that lacks something.
+
+    The message is one line that says what was wrong, where, and what to do. The command line prints it to stderr and
+    exits with code 2; no traceback is shown. Anything else that escapes is a bug and keeps its traceback.
+    """
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn what the file system refuses while `path` is written into a `UserError` that names it.
+
+    Raises:
+        UserError: the disk is full, the folder is not writable, or a file stands where a folder should be.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:  # not the system's: EOFError's kin, a library's own
+            raise
+        raise UserError(
+            f"cannot write {path}: {error.strerror}; free space or permit writing there, or choose another folder"
+        ) from error
