@@ -27,6 +27,7 @@ COMMANDS = {
     "data describe": ("flashlab.btc.describe:describe", "say what a CSV or a prepared set holds, with a plot"),
     "train": ("flashlab.btc.train:train", "train the minute-bar forecaster"),
     "evaluate": ("flashlab.btc.evaluate:evaluate", "score a trained forecaster beside its baselines"),
+    "results": ("flashlab.results:results", "write the result files' numbers into README.md and docs"),
     "report": ("flashlab.btc.report:report", "draw and write the report of an evaluated run"),
 }
 
@@ -97,12 +98,10 @@ def _positionals(command: Callable[..., Any]) -> dict[str, inspect.Parameter]:
 def _complete_flags(command: Callable[..., Any], argv: list[str]) -> list[str]:
     """Let `--resume` stand for `--resume true`."""
     flags = {
-        f"--{name}"
-        for name, parameter in inspect.signature(command).parameters.items()
-        if parameter.annotation is bool
+        f"--{name}" for name, parameter in inspect.signature(command).parameters.items() if parameter.annotation is bool
     }
     completed = []
-    for here, after in zip(argv, [*argv[1:], ""], strict=True):
+    for here, after in zip(argv, [*argv[1:], ""], strict=False):
         completed += [here, "true"] if here in flags and after not in ("true", "false") else [here]
     return completed
 

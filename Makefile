@@ -1,0 +1,89 @@
+# `make` lists the targets. Variables go on the command line: make train DATA=path/to/btcusd_1-min_data.csv
+
+VENV ?= .venv
+IS_NEW_ENOUGH = import sys; sys.exit(sys.version_info < (3, 11))
+FOUND_PYTHON = $(shell for python in python3 python3.12 python3.13 python3.11; do \
+  $$python -c '$(IS_NEW_ENOUGH)' 2>/dev/null && echo $$python && break; done)
+PYTHON ?= $(firstword $(FOUND_PYTHON) python3)
+
+DATA ?= data/simulated.csv.gz
+NAME := $(patsubst %.csv,%,$(patsubst %.zip,%,$(patsubst %.gz,%,$(notdir $(DATA)))))
+SET ?= data/$(NAME)
+RUN ?= runs/$(NAME)
+CONFIG ?= examples/btc_forecast/default.yaml $(if $(HAS_GPU),,examples/btc_forecast/cpu.yaml)
+ARGS ?=
+HAS_GPU = $(shell $(BIN)/python -c 'import torch; print("yes" * torch.cuda.is_available())' 2>/dev/null)
+
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+FLASHLAB := $(BIN)/flashlab
+
+ifneq ($(or $(word 2,$(DATA)),$(findstring :,$(DATA))),)
+  $(error DATA=$(DATA): make cannot take a path with spaces or colons; rename the file or link to it)
+endif
+ifeq ($(filter data/simulated.csv.gz,$(DATA))$(wildcard $(DATA)),)
+  $(error DATA=$(DATA): there is no such file; check the path, or download the public bars with `flashlab data fetch`)
+endif
+
+.PHONY: help train test lint format doctor tensorboard data clean clean-all FORCE
+
+help:
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@echo 'Variables: DATA=bars.csv RUN=folder CONFIG="files.yaml" ARGS="--option value" (of train) PYTHON=python3.12'
+
+train: $(SET)/manifest.json ## set up, prepare, train, evaluate, report; DATA=bars.csv takes your bars; resumes a run
+	@$(if $(HAS_GPU),,echo "No GPU that torch can use: the CPU settings are added (make doctor says more).")
+	$(FLASHLAB) train $(CONFIG:%=--config %) --data.path $(SET) --run $(RUN) --resume $(ARGS)
+	$(FLASHLAB) evaluate $(RUN)
+	$(FLASHLAB) report $(RUN)
+
+test: $(INSTALLED) ## run the tests that need no GPU, no Docker and little time
+	$(BIN)/pytest -n logical --maxprocesses 4 -m "not slow and not docker and not gpu" $(ARGS)
+
+lint: $(INSTALLED) ## check style, format and types
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+format: $(INSTALLED) ## format the code, and fix what ruff can
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+doctor: $(INSTALLED) ## say what this machine has, what will be used and what is wrong
+	$(FLASHLAB) doctor
+
+tensorboard: $(INSTALLED) ## watch the runs at http://127.0.0.1:6006
+	$(BIN)/tensorboard --logdir runs --host 127.0.0.1 --port 6006
+
+data: $(SET)/manifest.json ## write the embedded bars, or take DATA, and prepare them
+
+clean: ## remove the environment and every cache; data and runs stay
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache
+	find src tests -name __pycache__ -prune -exec rm -rf {} +
+
+clean-all: clean ## remove data/ and runs/ too, with whatever is in them
+	rm -rf data runs
+
+$(SET)/manifest.json: $(DATA) $(SET)/source | $(INSTALLED)
+	$(FLASHLAB) data prepare $< --out $(@D)
+
+# Two files of one name in two folders share a prepared set: another path prepares it anew.
+$(SET)/source: FORCE
+	@mkdir -p $(@D) && echo '$(abspath $(DATA))' | cmp -s - $@ || echo '$(abspath $(DATA))' > $@
+
+data/simulated.csv.gz: | $(INSTALLED)
+	$(FLASHLAB) data simulate --out $@
+
+# An install that was interrupted leaves .installing behind, and the next one starts afresh. torchvision comes with
+# litdata, which needs it for images only; one built for another torch breaks the import of torchmetrics ("operator
+# torchvision::nms does not exist"), and nothing here uses it.
+$(INSTALLED): pyproject.toml
+	@$(PYTHON) -c '$(IS_NEW_ENOUGH)' || { \
+	  echo "make: Python 3.11 or newer is needed, and $(PYTHON) is not: name one, as in make PYTHON=python3.12" >&2; exit 2; }
+	@echo "Setting up $(VENV) with $(PYTHON): a minute on a fast network, longer where torch comes with CUDA (3 GB)."
+	@if test -e $(VENV)/.installing; then rm -rf $(VENV); fi
+	@mkdir -p $(VENV) && rm -f $@ && touch $(VENV)/.installing
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/pip install -qq --disable-pip-version-check --editable '.[dev]'
+	@$(BIN)/pip uninstall -qq --yes torchvision
+	@mv $(VENV)/.installing $@

@@ -1,0 +1,179 @@
+"""Windows of a prepared set, from memory or streamed, in an order that depends on seed and epoch alone."""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+from jsonargparse.typing import NonNegativeInt, PositiveInt
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler, default_convert
+
+from flashlab.btc.bars import FEATURES
+from flashlab.btc.prepare import PreparedSet, stream_blocks
+
+MIRROR_ORDER = [FEATURES.index(name) for name in ("open", "low", "high", "close")]
+VOLUME = FEATURES.index("volume")
+
+ReadWindows = Callable[[np.ndarray, int], Tensor]
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What is read, and how it is cut into batches.
+
+    Args:
+        path: prepared set, a folder or an object storage URL.
+        context_length: bars the model sees; at most the one that the set was prepared with.
+        stride: bars from one training window to the next (a set split by --split seed has its own).
+        batch_size: windows per step and GPU.
+        mirror: also train on every window quoted the other way round (bitcoin per dollar), where rises are falls.
+        stream: fetch windows from the stored chunks as they are needed, rather than hold the whole series in memory.
+        num_workers: processes that load windows; memory needs none.
+    """
+
+    path: str = "data/simulated"
+    context_length: PositiveInt = 2048
+    stride: PositiveInt = 128
+    batch_size: PositiveInt = 32
+    mirror: bool = True
+    stream: bool = False
+    num_workers: NonNegativeInt = 0
+
+
+class Windows(Dataset[Tensor]):
+    """Windows of context length S as float32 ``[S + 1, 5]``: prices and volume, NaN for a filled minute's volume.
+
+    Args:
+        prepared: the set they are views of.
+        starts: their first rows ``[W]``.
+        context_length: S.
+        mirror: have every window twice, the second time as prices of a dollar in bitcoin (item W + i mirrors item i).
+        stream: read from the stored chunks as needed, not from memory.
+    """
+
+    def __init__(
+        self,
+        prepared: PreparedSet,
+        starts: np.ndarray,
+        context_length: int,
+        *,
+        mirror: bool = False,
+        stream: bool = False,
+    ) -> None:
+        self.starts, self.length, self.mirror = starts, context_length + 1, mirror
+        self._prepared = prepared
+        self._read: ReadWindows | None = None if stream else _from_memory(prepared)
+
+    def __len__(self) -> int:
+        return len(self.starts) * (1 + self.mirror)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: list[int]) -> Tensor:
+        """Read several windows at once: ``[B, S + 1, 5]``."""
+        if self._read is None:  # opened in the worker process that reads, never carried into one
+            self._read = _from_chunks(self._prepared)
+        mirrored, number = np.divmod(np.asarray(indices), len(self.starts))
+        windows = self._read(self.starts[number], self.length)
+        if mirrored.any():
+            of = torch.from_numpy(mirrored.astype(bool))
+            windows[of] = torch.cat([1 / windows[of][..., MIRROR_ORDER], windows[of][..., VOLUME:]], dim=-1)
+        return windows
+
+
+def _from_memory(prepared: PreparedSet) -> ReadWindows:
+    values = torch.from_numpy(prepared.bars().values)
+
+    def read(starts: np.ndarray, length: int) -> Tensor:
+        return values[torch.from_numpy(starts)[:, None] + torch.arange(length)]
+
+    return read
+
+
+def _from_chunks(prepared: PreparedSet) -> ReadWindows:
+    stack = ExitStack()  # closed with the process, which is when the chunk cache may go
+    block_bars = prepared.manifest["block_bars"]
+    read_block = lru_cache(maxsize=64)(stack.enter_context(stream_blocks(prepared)))  # 25 MB of blocks
+
+    def read(starts: np.ndarray, length: int) -> Tensor:
+        windows = np.empty((len(starts), length, len(FEATURES)), np.float32)
+        for window, start in zip(windows, starts.tolist(), strict=True):
+            first, last = start // block_bars, (start + length - 1) // block_bars
+            bars = np.concatenate([read_block(index)[1] for index in range(first, last + 1)])
+            window[:] = bars[start - first * block_bars :][:length]
+        return torch.from_numpy(windows)
+
+    read.stack = stack  # type: ignore[attr-defined]
+    return read
+
+
+class EndlessBatches(Sampler[list[int]]):
+    """Batches of item numbers, epoch after epoch, as if from one long list.
+
+    Epoch e is a permutation of the items drawn from (seed, e). Step t takes the next ``batch_size * world_size`` items,
+    of which every rank has its own slice: together the ranks see what one rank with the whole batch would see, whatever
+    the loader's workers. Training is resumed by starting at a later step.
+
+    Args:
+        num_items: length of the data set.
+        batch_size: per rank.
+        num_steps: of the whole run.
+        seed: of the order.
+        rank: of this process among the world_size that train together.
+        world_size: how many train together.
+        start_step: steps that were done before.
+    """
+
+    def __init__(
+        self,
+        num_items: int,
+        batch_size: int,
+        num_steps: int,
+        *,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        start_step: int = 0,
+    ) -> None:
+        self.num_items, self.batch_size, self.num_steps = num_items, batch_size, num_steps
+        self.seed, self.rank, self.world_size, self.start_step = seed, rank, world_size, start_step
+
+    def __len__(self) -> int:
+        """Return the steps of the whole run: what came before a resumed start counts."""
+        return self.num_steps
+
+    def __iter__(self) -> Iterator[list[int]]:
+        @lru_cache(maxsize=2)
+        def order(epoch: int) -> np.ndarray:
+            return np.random.default_rng((self.seed, epoch)).permutation(self.num_items)
+
+        for step in range(self.start_step, self.num_steps):
+            first = (step * self.world_size + self.rank) * self.batch_size
+            epochs, positions = np.divmod(np.arange(first, first + self.batch_size), self.num_items)
+            yield [
+                int(order(epoch)[position]) for epoch, position in zip(epochs.tolist(), positions.tolist(), strict=True)
+            ]
+
+
+def loader(
+    windows: Windows,
+    batches: Sampler[list[int]] | None = None,
+    *,
+    batch_size: int = 32,
+    num_workers: int = 0,
+    pin_memory: bool = False,
+) -> DataLoader[Tensor]:
+    """Load windows in the given batches, or all of them once in their order."""
+    sampling = {"batch_sampler": batches} if batches is not None else {"batch_size": batch_size}
+    return DataLoader(
+        windows,
+        num_workers=num_workers,
+        collate_fn=default_convert,
+        pin_memory=pin_memory,
+        persistent_workers=num_workers > 0,
+        **sampling,
+    )

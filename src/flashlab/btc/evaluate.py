@@ -1,0 +1,133 @@
+"""Score a trained forecaster beside its baselines, on the same bars and through the same metrics."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from rich.progress import track
+
+from flashlab.btc.bars import Bars, log_features
+from flashlab.btc.baselines import BASELINES, LAGS
+from flashlab.btc.dataset import Windows, loader
+from flashlab.btc.metrics import evaluate_forecasts
+from flashlab.btc.model import Forecaster
+from flashlab.btc.prepare import PreparedSet, open_set
+from flashlab.btc.report import print_summary
+from flashlab.btc.train import BEST, load_forecaster
+from flashlab.btc.windows import part_windows, scored_windows
+from flashlab.errors import UserError, writing
+from flashlab.machine import examine
+
+
+def evaluate(
+    run: Path, *, data: str | None = None, checkpoint: str = BEST, part: str = "test", batch_size: int = 64
+) -> None:
+    """Score a trained forecaster beside its baselines.
+
+    Writes metrics.json and forecasts.npz into the run folder and prints the result.
+
+    Args:
+        run: folder of the run.
+        data: prepared set to score on; the one the run was trained on when not given.
+        checkpoint: file under RUN/checkpoints.
+        part: train, validation or test.
+        batch_size: windows at a time.
+
+    Raises:
+        UserError: there is no such run, checkpoint or set, or the part has nothing to score.
+    """
+    config = _read_config(run)
+    prepared = open_set(data or config["data"]["path"])
+    module = load_forecaster(run / "checkpoints" / checkpoint)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    rows, forecast = forecast_part(
+        module.forecaster.to(device).eval(), prepared, part, config["data"]["context_length"], batch_size, device
+    )
+    bars = prepared.bars()
+    log_bars = log_features(bars.values)
+    mask_filled = prepared.manifest["missing"]["mask_filled"]
+    if mask_filled:
+        counts = bars.observed[rows]
+        rows, forecast = rows[counts], forecast[counts]
+    if not len(rows):
+        raise UserError(f"{prepared.path}: the {part} part has no bar to score; prepare more bars")
+    train_rows = _training_rows(prepared, bars, mask_filled)
+    forecasts = {"model": forecast} | {
+        name: baseline(log_bars, rows, train_rows) for name, baseline in BASELINES.items()
+    }
+    truth, minute = log_bars[rows], bars.minute[rows].astype(np.int64)
+    metrics = evaluate_forecasts(minute, truth, forecasts, prepared.scaler)
+    metrics["run"] = {
+        "name": run.name,
+        "part": part,
+        "checkpoint": checkpoint,
+        "config": config,
+        "training": _read_json(run / "run.json"),
+        "prepared": {key: prepared.manifest[key] for key in ("cleaning", "missing", "split", "bars", "start", "end")},
+        "machine": examine(run),
+    }
+    _write(run, metrics, {"minute": minute, "truth": truth, **forecasts})
+    print_summary(metrics)
+
+
+@torch.inference_mode()
+def forecast_part(
+    forecaster: Forecaster, prepared: PreparedSet, part: str, context_length: int, batch_size: int, device: torch.device
+) -> tuple[np.ndarray, np.ndarray]:
+    """Forecast a part's bars.
+
+    Returns:
+        int64 ``[M]`` rows of the series, and float64 ``[M, 5]`` their forecasts in log units.
+    """
+    starts, firsts = scored_windows(prepared.manifest, part, context_length, LAGS)
+    batches = loader(Windows(prepared, starts, context_length), batch_size=batch_size)
+    position = np.arange(context_length)
+    rows, forecasts = [], []
+    for index, batch in enumerate(track(batches, f"forecast {part}", transient=True)):
+        window = slice(index * batch_size, index * batch_size + len(batch))
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            log_bars = forecaster(batch[:, :-1].to(device)).log_bars.double().cpu().numpy()
+        scored = position >= firsts[window, None]
+        forecasts.append(log_bars[scored])
+        rows.append((starts[window, None] + 1 + position)[scored])
+    return np.concatenate([*rows, np.zeros(0, np.int64)]), np.concatenate([*forecasts, np.zeros((0, 5))])
+
+
+def _training_rows(prepared: PreparedSet, bars: Bars, mask_filled: bool) -> np.ndarray:
+    """List the rows that a baseline may be fitted on: the targets of training windows that have their lags."""
+    length = prepared.manifest["split"]["context_length"]
+    is_target = np.zeros(len(bars), bool)
+    for start in part_windows(prepared.manifest, "train", length, length // 2):
+        is_target[start + LAGS : start + length + 1] = True
+    return np.flatnonzero(is_target & bars.observed if mask_filled else is_target)
+
+
+def _write(run: Path, metrics: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
+    forecasts, partial = run / "forecasts.npz", run / ".forecasts.npz"
+    with writing(run):
+        try:
+            single = {name: array.astype(np.float32) if array.ndim > 1 else array for name, array in arrays.items()}
+            np.savez(partial, allow_pickle=False, **single)
+            partial_metrics = run / ".metrics.json"
+            partial_metrics.write_text(json.dumps(metrics, indent=1))
+            os.replace(partial, forecasts)
+            os.replace(partial_metrics, run / "metrics.json")
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def _read_config(run: Path) -> dict[str, Any]:
+    try:
+        return yaml.safe_load((run / "config.yaml").read_text())
+    except FileNotFoundError:
+        raise UserError(
+            f"{run} is not a run (it has no config.yaml); make one with `flashlab train --run {run}`"
+        ) from None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text()) if path.exists() else {}

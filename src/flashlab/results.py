@@ -1,0 +1,101 @@
+"""Keep the numbers in README.md and docs/ equal to the result files: nobody types one into Markdown.
+
+A block names its renderer and its files in assets/results; `flashlab results` writes what stands between the marks:
+
+    <!-- results: btc real.json seed_fill.json -->
+    <!-- /results -->
+"""
+
+import difflib
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from flashlab.btc.metrics import COMPARISONS, TITLES, comparisons, load_metrics, number, time_range
+from flashlab.errors import UserError, writing
+
+FOLDER = Path("assets/results")
+OPENING = re.compile(r"^<!-- results: .*$", re.MULTILINE)
+BLOCK = re.compile(r"^<!-- results: ([^\n]+) -->\n(.*?)^<!-- /results -->$", re.MULTILINE | re.DOTALL)
+
+
+def results(*, check: bool = False) -> int:
+    """Rewrite the numbers in README.md and docs/ from the files in assets/results.
+
+    Args:
+        check: change nothing; name the blocks that are stale and exit with 1.
+    """
+    if not Path("README.md").is_file():
+        raise UserError("there is no README.md here: run `flashlab results` in the project's root folder")
+    pages = [Path("README.md"), *sorted(Path("docs").rglob("*.md"))]
+    updates = {page: update(page) for page in pages}  # everything is rendered before anything is written
+    for page, (text, stale) in updates.items():
+        if stale and not check:
+            _replace(page, text)
+        for name in stale:
+            if check:
+                print(f"{page}: block `{name}` is stale: run `flashlab results`", file=sys.stderr)
+            else:
+                print(f"{page}: wrote block `{name}`")
+    return int(check and any(stale for _, stale in updates.values()))
+
+
+def update(page: Path) -> tuple[str, list[str]]:
+    """Render every block of a page.
+
+    Returns:
+        The page as it should be, and the names of the blocks that differ from it.
+
+    Raises:
+        UserError: a block that does not end, asks for an unknown renderer, or for a file that is missing or damaged.
+    """
+    text = page.read_text(encoding="utf-8")
+    stale = []
+
+    def render(block: re.Match[str]) -> str:
+        name, shown = block.groups()
+        renderer, *files = name.split()
+        if renderer not in RENDERERS:
+            nearest = difflib.get_close_matches(renderer, RENDERERS, n=1, cutoff=0.0)[0]
+            raise UserError(f"{page}: no renderer {renderer!r} for the block `{name}`; did you mean {nearest!r}?")
+        rendered = RENDERERS[renderer](*(FOLDER / file for file in files))
+        if rendered != shown:
+            stale.append(name)
+        return f"<!-- results: {name} -->\n{rendered}<!-- /results -->"
+
+    for opening in OPENING.finditer(text):
+        block = BLOCK.match(text, opening.start())
+        if block is None or OPENING.search(block[2]):
+            line = text.count("\n", 0, opening.start()) + 1
+            raise UserError(f"{page}, line {line}: the block does not end: write <!-- /results --> on a line below it")
+    return BLOCK.sub(render, text), stale
+
+
+def _replace(page: Path, text: str) -> None:
+    partial = page.with_name(f".{page.name}.partial")
+    with writing(page):
+        try:
+            partial.write_text(text, encoding="utf-8")
+            partial.replace(page)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def btc(*paths: Path) -> str:
+    """Show what forecasters of Bitcoin bars are worth, from the `metrics.json` of each."""
+    parts = []
+    for path in paths:
+        metrics = load_metrics(path)
+        r2 = ", ".join(
+            f"{TITLES.get(name, name)} {number(scores['average']['r2'], '.4f')}"
+            for name, scores in metrics["scores"].items()
+        )
+        parts.append(f"**{path.stem}**: {metrics['rows']:,} bars, {time_range(metrics)}. Average R2: {r2}.\n\n")
+        rows = [COMPARISONS, ("---", "---:", "---", "---:", "---:"), *comparisons(metrics)]
+        parts.append("".join(f"| {' | '.join(row)} |\n" for row in rows) + "\n")
+    return "\n" + "".join(parts)
+
+
+# name of a renderer -> function of the files its block names
+RENDERERS: dict[str, Callable[..., str]] = {"btc": btc}

@@ -1,0 +1,33 @@
+import pytest
+import torch
+
+from flashlab.attention import AttentionSpec
+from flashlab.attention.backends import BACKENDS
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request):
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("torch sees no CUDA device")
+    return torch.device(request.param)
+
+
+@pytest.fixture
+def make_spec():
+    def make(**changes):
+        spec = {"batch_size": 2, "seqlen_q": 16, "seqlen_k": 16, "num_heads": 4, "num_kv_heads": 4, "head_dim": 32}
+        spec |= {"dtype": torch.bfloat16, "device": torch.device("cpu")}
+        return AttentionSpec(**spec | changes)
+
+    return make
+
+
+@pytest.fixture
+def skip_unless_runs(device, make_spec):
+    """Skip, with the backend's own reason, what it refuses on this device."""
+
+    def skip(backend, **changes):
+        if (reason := BACKENDS[backend].why_not(make_spec(device=device, **changes))) is not None:
+            pytest.skip(f"{backend} on {device}: {reason}")
+
+    return skip
