@@ -12,7 +12,8 @@ SET ?= data/$(NAME)
 RUN ?= runs/$(NAME)
 CONFIG ?= examples/btc_forecast/default.yaml $(if $(HAS_GPU),,examples/btc_forecast/cpu.yaml)
 ARGS ?=
-HAS_GPU = $(shell $(BIN)/python -c 'import torch; print("yes" * torch.cuda.is_available())' 2>/dev/null)
+# Asked once, when it is needed first: by then torch is installed.
+HAS_GPU = $(eval HAS_GPU := $(shell $(BIN)/python -c 'import torch; print("yes" * torch.cuda.is_available())' 2>/dev/null))$(HAS_GPU)
 
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
@@ -32,7 +33,7 @@ help:
 	@echo 'Variables: DATA=bars.csv RUN=folder CONFIG="files.yaml" ARGS="--option value" (of train) PYTHON=python3.12'
 
 train: $(SET)/manifest.json ## set up, prepare, train, evaluate, report; DATA=bars.csv takes your bars; resumes a run
-	@$(if $(HAS_GPU),,echo "No GPU that torch can use: the CPU settings are added (make doctor says more).")
+	$(if $(filter %/cpu.yaml,$(CONFIG)),@echo "Settings for a CPU (cpu.yaml) are added: make doctor says what this machine has and lacks.")
 	$(FLASHLAB) train $(CONFIG:%=--config %) --data.path $(SET) --run $(RUN) --resume $(ARGS)
 	$(FLASHLAB) evaluate $(RUN)
 	$(FLASHLAB) report $(RUN)
@@ -64,11 +65,11 @@ clean: ## remove the environment and every cache; data and runs stay
 clean-all: clean ## remove data/ and runs/ too, with whatever is in them
 	rm -rf data runs
 
-$(SET)/manifest.json: $(DATA) $(SET)/source | $(INSTALLED)
+$(SET)/manifest.json: $(DATA) $(SET).source | $(INSTALLED)
 	$(FLASHLAB) data prepare $< --out $(@D)
 
 # Two files of one name in two folders share a prepared set: another path prepares it anew.
-$(SET)/source: FORCE
+$(SET).source: FORCE
 	@mkdir -p $(@D) && echo '$(abspath $(DATA))' | cmp -s - $@ || echo '$(abspath $(DATA))' > $@
 
 data/simulated.csv.gz: | $(INSTALLED)

@@ -66,6 +66,13 @@ def examine(path: Path) -> Facts:
     return facts
 
 
+def identify() -> Facts:
+    """Read the facts that a result must carry to be understood elsewhere: versions and hardware, no paths, no user."""
+    facts = examine(Path())
+    kept = ("flashlab", "packages", "torch", "driver", "flash_attn", "cpu", "memory", "will_use")
+    return {name: facts[name] for name in kept if name in facts} | {"python": platform.python_version()}
+
+
 def _one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
 

@@ -79,7 +79,7 @@ def test_one_bar_is_enough(tmp_path, recwarn):
         ("columns.csv", b"Timestamp,Open,High,Low,Price,Volume\n1,1,1,1,1,1\n", "columns.csv has no column 'Close'"),
         ("cell.csv", f"{HEADER}\n1500000000,1,1,1,1,much\n".encode(), "cell.csv, line 2, column volume: 'much' is not"),
         ("tabs.csv", f"{HEADER}\n".replace(",", "\t").encode(), "tabs.csv seems to be separated by tabs"),
-        ("cut.csv.gz", gzip.compress(b"x" * 1000)[:-9], "cut.csv.gz is truncated or damaged"),
+        ("cut.csv.gz", gzip.compress(b"x" * 1000, mtime=0)[:-9], "cut.csv.gz is truncated or damaged"),
         ("binary.csv", bytes(1000), "binary.csv is a binary file"),
         ("folder", "a folder", "folder is a folder without manifest.json"),
     ],

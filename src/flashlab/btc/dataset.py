@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import lru_cache
+from multiprocessing.util import Finalize
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_convert
 
 from flashlab.btc.bars import FEATURES
 from flashlab.btc.prepare import PreparedSet, stream_blocks
+from flashlab.errors import UserError
 
 MIRROR_ORDER = [FEATURES.index(name) for name in ("open", "low", "high", "close")]
 VOLUME = FEATURES.index("volume")
@@ -95,19 +97,20 @@ def _from_memory(prepared: PreparedSet) -> ReadWindows:
 
 
 def _from_chunks(prepared: PreparedSet) -> ReadWindows:
-    stack = ExitStack()  # closed with the process, which is when the chunk cache may go
+    stack = ExitStack()
+    Finalize(None, stack.close, exitpriority=0)  # with this process, a loader's worker perhaps, its chunk cache goes
     block_bars = prepared.manifest["block_bars"]
-    read_block = lru_cache(maxsize=64)(stack.enter_context(stream_blocks(prepared)))  # 25 MB of blocks
+    read_block = lru_cache(maxsize=256)(stack.enter_context(stream_blocks(prepared)))  # 100 MB of blocks
 
     def read(starts: np.ndarray, length: int) -> Tensor:
         windows = np.empty((len(starts), length, len(FEATURES)), np.float32)
         for window, start in zip(windows, starts.tolist(), strict=True):
-            first, last = start // block_bars, (start + length - 1) // block_bars
-            bars = np.concatenate([read_block(index)[1] for index in range(first, last + 1)])
-            window[:] = bars[start - first * block_bars :][:length]
+            blocks = range(start // block_bars, (start + length - 1) // block_bars + 1)
+            offsets = (start - block * block_bars for block in blocks)
+            pieces = [read_block(block)[1][max(at, 0) : at + length] for block, at in zip(blocks, offsets, strict=True)]
+            np.concatenate(pieces, out=window)
         return torch.from_numpy(windows)
 
-    read.stack = stack  # type: ignore[attr-defined]
     return read
 
 
@@ -159,6 +162,17 @@ class EndlessBatches(Sampler[list[int]]):
             ]
 
 
+class Loader(DataLoader[Tensor]):
+    """A DataLoader that passes on the `UserError` of a worker as it was, without the traceback that torch adds."""
+
+    def __iter__(self) -> Iterator[Tensor]:  # type: ignore[override]
+        try:
+            yield from super().__iter__()
+        except UserError as error:
+            error.__traceback__ = None  # it is in a cycle, in which the workers would outlive their queues
+            raise UserError(str(error).rpartition("UserError: ")[2].strip()) from None
+
+
 def loader(
     windows: Windows,
     batches: Sampler[list[int]] | None = None,
@@ -166,10 +180,10 @@ def loader(
     batch_size: int = 32,
     num_workers: int = 0,
     pin_memory: bool = False,
-) -> DataLoader[Tensor]:
+) -> Loader:
     """Load windows in the given batches, or all of them once in their order."""
     sampling = {"batch_sampler": batches} if batches is not None else {"batch_size": batch_size}
-    return DataLoader(
+    return Loader(
         windows,
         num_workers=num_workers,
         collate_fn=default_convert,

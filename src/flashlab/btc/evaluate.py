@@ -1,13 +1,13 @@
 """Score a trained forecaster beside its baselines, on the same bars and through the same metrics."""
 
 import json
-import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 import yaml
+from jsonargparse.typing import PositiveInt
 from rich.progress import track
 
 from flashlab.btc.bars import Bars, log_features
@@ -17,14 +17,19 @@ from flashlab.btc.metrics import evaluate_forecasts
 from flashlab.btc.model import Forecaster
 from flashlab.btc.prepare import PreparedSet, open_set
 from flashlab.btc.report import print_summary
-from flashlab.btc.train import BEST, load_forecaster
+from flashlab.btc.train import BEST, check_context, load_forecaster, read_record
 from flashlab.btc.windows import part_windows, scored_windows
 from flashlab.errors import UserError, writing
-from flashlab.machine import examine
+from flashlab.machine import identify
 
 
 def evaluate(
-    run: Path, *, data: str | None = None, checkpoint: str = BEST, part: str = "test", batch_size: int = 64
+    run: Path,
+    *,
+    data: str | None = None,
+    checkpoint: str = BEST,
+    part: Literal["train", "validation", "test"] = "test",
+    batch_size: PositiveInt = 64,
 ) -> None:
     """Score a trained forecaster beside its baselines.
 
@@ -34,7 +39,7 @@ def evaluate(
         run: folder of the run.
         data: prepared set to score on; the one the run was trained on when not given.
         checkpoint: file under RUN/checkpoints.
-        part: train, validation or test.
+        part: what is forecast.
         batch_size: windows at a time.
 
     Raises:
@@ -42,6 +47,7 @@ def evaluate(
     """
     config = _read_config(run)
     prepared = open_set(data or config["data"]["path"])
+    check_context(prepared, config["data"]["context_length"])
     module = load_forecaster(run / "checkpoints" / checkpoint)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rows, forecast = forecast_part(
@@ -50,12 +56,14 @@ def evaluate(
     bars = prepared.bars()
     log_bars = log_features(bars.values)
     mask_filled = prepared.manifest["missing"]["mask_filled"]
+    counts = rows >= LAGS  # which all baselines can forecast
     if mask_filled:
-        counts = bars.observed[rows]
-        rows, forecast = rows[counts], forecast[counts]
-    if not len(rows):
-        raise UserError(f"{prepared.path}: the {part} part has no bar to score; prepare more bars")
+        counts &= bars.observed[rows]
+    rows, forecast = rows[counts], forecast[counts]
     train_rows = _training_rows(prepared, bars, mask_filled)
+    for name, found in ((part, rows), ("train", train_rows)):
+        if not len(found):
+            raise UserError(f"{prepared.path}: no bar of the {name} part has {LAGS} bars before it; prepare more bars")
     forecasts = {"model": forecast} | {
         name: baseline(log_bars, rows, train_rows) for name, baseline in BASELINES.items()
     }
@@ -66,9 +74,9 @@ def evaluate(
         "part": part,
         "checkpoint": checkpoint,
         "config": config,
-        "training": _read_json(run / "run.json"),
+        "training": read_record(run),
         "prepared": {key: prepared.manifest[key] for key in ("cleaning", "missing", "split", "bars", "start", "end")},
-        "machine": examine(run),
+        "machine": identify(),
     }
     _write(run, metrics, {"minute": minute, "truth": truth, **forecasts})
     print_summary(metrics)
@@ -98,36 +106,39 @@ def forecast_part(
 
 
 def _training_rows(prepared: PreparedSet, bars: Bars, mask_filled: bool) -> np.ndarray:
-    """List the rows that a baseline may be fitted on: the targets of training windows that have their lags."""
-    length = prepared.manifest["split"]["context_length"]
-    is_target = np.zeros(len(bars), bool)
-    for start in part_windows(prepared.manifest, "train", length, length // 2):
-        is_target[start + LAGS : start + length + 1] = True
-    return np.flatnonzero(is_target & bars.observed if mask_filled else is_target)
+    """List the rows that a baseline may be fitted on: those of the training part that have their lags in it."""
+    split = prepared.manifest["split"]
+    if split["kind"] == "seed":  # whose part is its windows
+        length, is_target = split["context_length"], np.zeros(len(bars), bool)
+        for start in part_windows(prepared.manifest, "train", length):
+            is_target[start + LAGS : start + length + 1] = True
+        rows = np.flatnonzero(is_target)
+    else:
+        rows = part_windows(prepared.manifest, "train", LAGS, stride=1) + LAGS
+    return rows[bars.observed[rows]] if mask_filled else rows
 
 
 def _write(run: Path, metrics: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
-    forecasts, partial = run / "forecasts.npz", run / ".forecasts.npz"
+    forecasts, scores = run / ".forecasts.npz", run / ".metrics.json"
     with writing(run):
         try:
             single = {name: array.astype(np.float32) if array.ndim > 1 else array for name, array in arrays.items()}
-            np.savez(partial, allow_pickle=False, **single)
-            partial_metrics = run / ".metrics.json"
-            partial_metrics.write_text(json.dumps(metrics, indent=1))
-            os.replace(partial, forecasts)
-            os.replace(partial_metrics, run / "metrics.json")
+            np.savez(forecasts, allow_pickle=False, **single)
+            scores.write_text(json.dumps(metrics, indent=1))
+            forecasts.replace(run / "forecasts.npz")
+            scores.replace(run / "metrics.json")
         finally:
-            partial.unlink(missing_ok=True)
+            forecasts.unlink(missing_ok=True)
+            scores.unlink(missing_ok=True)
 
 
 def _read_config(run: Path) -> dict[str, Any]:
+    path, remedy = run / "config.yaml", f"make one with `flashlab train --run {run}`"
     try:
-        return yaml.safe_load((run / "config.yaml").read_text())
-    except FileNotFoundError:
-        raise UserError(
-            f"{run} is not a run (it has no config.yaml); make one with `flashlab train --run {run}`"
-        ) from None
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text()) if path.exists() else {}
+        config = yaml.safe_load(path.read_text())
+        config["data"]["path"], config["data"]["context_length"]
+    except OSError as error:
+        raise UserError(f"{run} is not a run ({path}: {error.strerror}); {remedy}") from None
+    except (yaml.YAMLError, UnicodeDecodeError, TypeError, KeyError):
+        raise UserError(f"{path} is damaged or not a run's; {remedy}") from None
+    return config

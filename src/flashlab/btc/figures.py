@@ -240,7 +240,7 @@ def losses(curves: Curves) -> Figure:
         loss.yaxis.set_major_locator(LogLocator(subs=[1, 2, 3, 5]))
         loss.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         loss.yaxis.set_minor_locator(NullLocator())
-    loss.set_ylabel("loss (smooth L1)")
+    loss.set_ylabel("loss")
     loss.legend(loc="upper right")
     if "train/lr" in curves:
         rate.plot(*curves["train/lr"], color=NEUTRAL)

@@ -5,14 +5,14 @@ Replacing the manifest is what commits a new set: until then the previous one is
 beside it is removed by the next. Windows for training are views of the stored bars, never copies.
 """
 
+import io
 import json
-import os
 import shutil
 import tempfile
 import uuid
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,14 +23,16 @@ from filelock import FileLock, Timeout
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 
 from flashlab import __version__
-from flashlab.btc.bars import Bars, fill_missing, log_features, read_bars, segments
+from flashlab.btc.bars import FEATURES, Bars, fill_missing, log_features, read_bars, segments
 from flashlab.btc.windows import PARTS, overlap, part_windows
 from flashlab.errors import UserError, writing
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
+LOCK = ".lock"
+BAR_BYTES = 4 * (1 + len(FEATURES))  # int32 minute, float32 values
 BLOCK_BARS = 16_384  # one litdata item, 393 kB: a window of 2048 touches at most two
-CHUNK_BYTES = "8MB"
+CHUNK_BLOCKS = 20  # one litdata chunk, 8 MB
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,7 @@ def prepare(
     validation_start: str | None = None,
     test_start: str | None = None,
     context_length: PositiveInt = 2048,
-    seed: int = 0,
+    seed: NonNegativeInt = 0,
 ) -> None:
     """Clean minute bars, split them and store them once, ready for training.
 
@@ -95,55 +97,50 @@ def prepare(
             at a stride of 512, 80/10/10 % of them drawn at random.
         validation_start: first day of the validation part, as 2017-01-01; by default it starts after 80 % of the bars.
         test_start: first day of the test part; by default it starts after 90 % of the bars.
-        context_length: bars a model may see; the gap between parts and, with --split seed, the windows have this length.
+        context_length: bars a model may see; the gap between parts and, with --split seed, the windows are this long.
         seed: seed of the random split.
 
     Raises:
         UserError: a file cannot be used, there are too few bars for one window in each part, another prepare is at
             work in the folder, or the folder cannot be written.
     """
-    with writing(out):
-        out.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(out / ".lock", timeout=0):
-            bars, cleaning = read_bars(src)
-            filled = fill_missing(bars, max_gap) if missing == "fill" else bars
-            runs = segments(filled) if missing == "fill" else np.array([[0, len(filled)]])
-            if split == "chronological":
-                parts = _chronological_parts(filled, validation_start, test_start, context_length)
-                fit_on = slice(*parts["train"])
-            elif validation_start or test_start:
-                raise UserError("--split seed draws windows at random: drop --validation_start and --test_start")
-            else:
-                parts, fit_on = {}, slice(0, len(filled))
-            manifest: dict[str, Any] = {
-                "schema_version": SCHEMA_VERSION,
-                "flashlab": __version__,
-                "created": datetime.now(UTC).isoformat(timespec="seconds"),
-                "bars": len(filled),
-                "start": f"{filled.time[0]}Z",
-                "end": f"{filled.time[-1]}Z",
-                "cleaning": asdict(cleaning),
-                "missing": {
-                    "mode": missing,
-                    "max_gap": max_gap if missing == "fill" else None,
-                    "filled": len(filled) - len(bars),
-                    "mask_filled": mask_filled,
-                },
-                "segments": runs.tolist(),
-                "split": {
-                    "kind": split,
-                    "context_length": context_length,
-                    "seed": seed if split == "seed" else None,
-                    "parts": parts,
-                    "starts": {part: f"{filled.time[bounds[0]]}Z" for part, bounds in parts.items()},
-                },
-                "scaler": asdict(_fit_scaler(filled, fit_on, mask_filled)),
-            }
-            _require_windows(manifest, src)
-            _store(filled, manifest, out)
-    except Timeout:
-        raise UserError(f"{out} is being written by another prepare; wait for it, or choose another --out") from None
+    if split == "seed" and (validation_start or test_start):
+        raise UserError("--split seed draws windows at random: drop --validation_start and --test_start")
+    with _alone_in(out):
+        bars, cleaning = read_bars(src)
+        filled = fill_missing(bars, max_gap) if missing == "fill" else bars
+        runs = segments(filled) if missing == "fill" else np.array([[0, len(filled)]])
+        if split == "chronological":
+            parts = _chronological_parts(filled, validation_start, test_start, context_length)
+            fit_on = slice(*parts["train"])
+        else:
+            parts, fit_on = {}, slice(0, len(filled))
+        manifest: dict[str, Any] = {
+            "schema_version": SCHEMA_VERSION,
+            "flashlab": __version__,
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "bars": len(filled),
+            "start": f"{filled.time[0]}Z",
+            "end": f"{filled.time[-1]}Z",
+            "cleaning": asdict(cleaning),
+            "missing": {
+                "mode": missing,
+                "max_gap": max_gap if missing == "fill" else None,
+                "filled": len(filled) - len(bars),
+                "mask_filled": mask_filled,
+            },
+            "segments": runs.tolist(),
+            "split": {
+                "kind": split,
+                "context_length": context_length,
+                "seed": seed if split == "seed" else None,
+                "parts": parts,
+                "starts": {part: f"{filled.time[bounds[0]]}Z" for part, bounds in parts.items()},
+            },
+            "scaler": asdict(_fit_scaler(filled, fit_on, mask_filled)),
+        }
+        _require_windows(manifest, src)
+        _store(filled, manifest, out)
     _print_summary(out, manifest)
 
 
@@ -156,10 +153,10 @@ def open_set(path: str | Path) -> PreparedSet:
     path = str(path)
     remedy = "make it with `flashlab data prepare SRC --out DIR`"
     try:
-        if "://" in path or path.startswith("local:"):
+        if "://" in path:
             text = _download(f"{path.rstrip('/')}/{MANIFEST}")
         else:
-            text = (Path(path) / MANIFEST).read_text()
+            text = (Path(path.removeprefix("local:")) / MANIFEST).read_text()
         manifest = json.loads(text)
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{path} is not a prepared set (it has no {MANIFEST}); {remedy}") from None
@@ -168,9 +165,13 @@ def open_set(path: str | Path) -> PreparedSet:
             f"cannot read {path}/{MANIFEST}: {error.strerror}; check the path and its permissions"
         ) from error
     except ValueError:
-        raise UserError(f"{path}/{MANIFEST} is damaged; {remedy}") from None
-    if (version := manifest.get("schema_version")) != SCHEMA_VERSION:
+        manifest = None
+    if not isinstance(manifest, dict) or "schema_version" not in manifest:
+        raise UserError(f"{path}/{MANIFEST} is damaged, or another program's; {remedy}")
+    if (version := manifest["schema_version"]) != SCHEMA_VERSION:
         raise UserError(f"{path} has schema version {version}, this flashlab reads {SCHEMA_VERSION}; {remedy}")
+    if manifest.pop("crc32", None) != _checksum(manifest):
+        raise UserError(f"{path}/{MANIFEST} was changed or damaged: its checksum differs; {remedy}")
     return PreparedSet(path, manifest)
 
 
@@ -179,15 +180,15 @@ def stream_blocks(prepared: PreparedSet) -> Iterator[Any]:
     """Open the stored blocks for random access.
 
     Yields:
-        A function from a block's index to its minutes int32 ``[n]`` and values float32 ``[n, 5]``. Chunks of a remote
-        set are fetched when first touched, into a private cache that is removed at the end.
+        A function from a block's index to its minutes int32 ``[n]`` and values float32 ``[n, 5]``. Of a remote set it
+        fetches that block alone; what litdata keeps on disk is in a private folder that is removed at the end.
 
     Raises:
         UserError: a chunk is missing or damaged.
     """
     from litdata import StreamingDataset  # slow to import, and most commands need it not
 
-    checksums = prepared.manifest["block_crc32"]
+    manifest = prepared.manifest
     with tempfile.TemporaryDirectory(prefix="flashlab-") as cache:
         dataset: Any = None
 
@@ -197,17 +198,15 @@ def stream_blocks(prepared: PreparedSet) -> Iterator[Any]:
                 if dataset is None:
                     dataset = StreamingDataset(prepared.chunks, cache_dir=cache, shuffle=False)
                 block = dataset[index]
-                minute, values = block["minute"], block["values"]
-                if zlib.crc32(values.tobytes(), zlib.crc32(minute.tobytes())) != checksums[index]:
-                    raise ValueError("checksum differs")
-            except UserError:
-                raise
+                if zlib.crc32(block) != manifest["block_crc32"][index]:
+                    raise ValueError("its checksum differs")
             except Exception as error:  # litdata lets whatever its readers meet through: EOFError, struct.error, ...
-                raise UserError(
-                    f"{prepared.chunks} is damaged at bar {index * BLOCK_BARS:,} ({' '.join(str(error).split())[:120]}); "
-                    "prepare the set again"
-                ) from error
-            return minute, values
+                place = f"{prepared.chunks} is damaged or out of reach at bar {index * manifest['block_bars']:,}"
+                reason = " ".join(str(error).split()).split(". ")[0][:200]
+                raise UserError(f"{place} ({reason}); prepare the set again") from error
+            bars = len(block) // BAR_BYTES
+            values = np.frombuffer(block, np.float32, offset=4 * bars).reshape(bars, len(FEATURES))
+            return np.frombuffer(block, np.int32, count=bars), values
 
         yield read_block
 
@@ -231,7 +230,7 @@ def _chronological_parts(
             raise UserError(f"--{option} {day} is outside the bars, which run from {bars.time[0]} to {bars.time[-1]}")
         cuts.append(cut)
     validation, test = cuts
-    if validation >= test:
+    if validation >= test and (validation_start or test_start):
         raise UserError(f"--validation_start {bars.time[validation]} must be before --test_start {bars.time[test]}")
     return {
         "train": (0, max(validation - gap, 0)),
@@ -241,11 +240,12 @@ def _chronological_parts(
 
 
 def _fit_scaler(bars: Bars, fit_on: slice, mask_filled: bool) -> Scaler:
-    features = log_features(bars.values[fit_on])
+    values = bars.values[fit_on]
     if mask_filled:
-        features = features[bars.observed[fit_on]]
-    if not len(features):
+        values = values[bars.observed[fit_on]]
+    if not len(values):
         return Scaler([0.0] * 5, [1.0] * 5)  # too few bars: reported as such with the windows
+    features = log_features(values)
     std = features.std(axis=0)
     return Scaler(features.mean(axis=0).tolist(), np.where(std > 0, std, 1.0).tolist())
 
@@ -255,52 +255,108 @@ def _require_windows(manifest: dict[str, Any], src: list[Path]) -> None:
         if not len(part_windows(manifest, part, manifest["split"]["context_length"])):
             length = manifest["split"]["context_length"]
             raise UserError(
-                f"{', '.join(map(str, src))}: {manifest['bars']:,} bars leave no window of {length:,} + 1 consecutive bars "
-                f"for the {part} part; give more bars, a smaller --context_length or a larger --max_gap"
+                f"{', '.join(map(str, src))}: {manifest['bars']:,} bars leave no window of {length:,} + 1 consecutive "
+                f"bars for the {part} part; give more bars, a smaller --context_length or a larger --max_gap"
             )
 
 
-def _store(bars: Bars, manifest: dict[str, Any], out: Path) -> None:
-    from litdata.streaming import Cache
+@contextmanager
+def _alone_in(out: Path) -> Iterator[None]:
+    """Create the folder and keep every other prepare out of it; a folder in which no set came to be is removed."""
+    lock = FileLock(out / LOCK)
+    created: list[Path] = []
+    try:
+        with writing(out):
+            created = [folder for folder in (out, *out.parents) if not folder.exists()]
+            out.mkdir(parents=True, exist_ok=True)
+            try:
+                lock.acquire(timeout=0)
+            except Timeout:
+                raise UserError(
+                    f"{out} is being written by another prepare; wait for it, or choose another --out"
+                ) from None
+        yield
+    finally:
+        if created and not (out / MANIFEST).exists():
+            with suppress(OSError):
+                (out / LOCK).unlink(missing_ok=True)
+                for folder in created:
+                    folder.rmdir()
+        lock.release()
 
-    chunks = f"bars-{uuid.uuid4().hex[:8]}"
+
+def _store(bars: Bars, manifest: dict[str, Any], out: Path) -> None:
+    """Write the chunks, then commit them by replacing the manifest."""
+    chunks = f"bars-{uuid.uuid4().hex}"
+    partial = out / f".{MANIFEST}"
     committed = False
     try:
         with writing(out):
             (out / chunks).mkdir()
-            cache = Cache(str(out / chunks), chunk_bytes=CHUNK_BYTES)
-            checksums = []
-            for index, start in enumerate(range(0, len(bars), BLOCK_BARS)):
-                block = slice(start, start + BLOCK_BARS)
-                minute, values = bars.minute[block], np.ascontiguousarray(bars.values[block])
-                cache[index] = {"minute": minute, "values": values}
-                checksums.append(zlib.crc32(values.tobytes(), zlib.crc32(minute.tobytes())))
-            cache.done()
-            cache.merge()
+            checksums = _write_chunks(bars, out / chunks)
             manifest |= {"chunks": chunks, "block_bars": BLOCK_BARS, "block_crc32": checksums}
-            partial = out / f".{MANIFEST}"
-            partial.write_text(json.dumps(manifest, indent=1))
-            os.replace(partial, out / MANIFEST)
+            partial.write_text(json.dumps(manifest | {"crc32": _checksum(manifest)}, indent=1))
+            partial.replace(out / MANIFEST)
             committed = True
     finally:
-        for folder in out.glob("bars-*"):  # this run's when it failed, else those of runs before it
+        partial.unlink(missing_ok=True)
+        for folder in out.glob(f"bars-{'[0-9a-f]' * 32}"):  # this run's when it failed, else those of runs before it
             if (folder.name == chunks) != committed:
                 shutil.rmtree(folder, ignore_errors=True)
+
+
+def _write_chunks(bars: Bars, folder: Path) -> list[int]:
+    """Write the bars in litdata's format, one item of bytes a block, and return each block's CRC-32.
+
+    By hand, since litdata's own writer imports torch, which takes longer than all the rest of a prepare. A chunk is its
+    number of items, the offset of each and of the end, and the items; an item is the length of its bytes and the bytes.
+    """
+    checksums: list[int] = []
+    chunks = []
+    for first in range(0, len(bars), CHUNK_BLOCKS * BLOCK_BARS):
+        items = []
+        for start in range(first, min(first + CHUNK_BLOCKS * BLOCK_BARS, len(bars)), BLOCK_BARS):
+            block = slice(start, start + BLOCK_BARS)
+            items.append(bars.minute[block].tobytes() + bars.values[block].tobytes())
+        offsets = np.cumsum([4 * (len(items) + 2), *(4 + len(item) for item in items)])
+        content = [
+            np.uint32([len(items), *offsets]),
+            *(part for item in items for part in (np.uint32(len(item)), item)),
+        ]
+        chunk = folder / f"chunk-0-{len(chunks)}.bin"
+        with chunk.open("wb") as file:
+            file.writelines(content)
+        chunks.append({"chunk_bytes": int(offsets[-1]), "chunk_size": len(items), "dim": None, "filename": chunk.name})
+        checksums += map(zlib.crc32, items)
+    config = {
+        "chunk_bytes": None,
+        "chunk_size": CHUNK_BLOCKS,
+        "compression": None,
+        "data_format": ["bytes"],
+        "data_spec": json.dumps([1, {"type": None, "context": None, "children_spec": []}]),  # a single leaf
+        "encryption": None,
+        "item_loader": "PyTreeLoader",
+    }
+    (folder / "index.json").write_text(json.dumps({"chunks": chunks, "config": config}))
+    return checksums
+
+
+def _checksum(manifest: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(manifest).encode())
 
 
 def _download(url: str) -> str:
     from litdata.streaming.downloader import get_downloader
 
-    folder, name = url.rsplit("/", 1)
-    with tempfile.TemporaryDirectory(prefix="flashlab-") as cache:
-        target = Path(cache) / name
-        try:
-            get_downloader(folder, cache, []).download_file(url, str(target))
-        except Exception as error:  # whatever the store's client raises
-            raise UserError(
-                f"cannot fetch {url}: {' '.join(str(error).split())[:200]}; check URL and credentials"
-            ) from error
-        return target.read_text()
+    content = io.BytesIO()
+    try:
+        get_downloader(url, "", []).download_fileobj(url, content)
+    except Exception as error:  # whatever the store's client raises
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"cannot fetch {url}: {reason}; check the URL, the credentials and the connection") from error
+    if not content.getvalue():  # what litdata leaves of a URL it does not know
+        raise UserError(f"cannot fetch {url}: expected a URL that litdata reads, such as s3://BUCKET/SET")
+    return content.getvalue().decode()
 
 
 def _print_summary(out: Path, manifest: dict[str, Any]) -> None:

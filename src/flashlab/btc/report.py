@@ -49,7 +49,6 @@ def report(run: Path) -> None:
         (run / "images").mkdir(exist_ok=True)
         for path in sorted(path for path in Path(folder).rglob("*") if path.is_file()):  # a full disk stops no rename
             path.replace(run / path.relative_to(folder))
-    print_summary(metrics)
     print(f"wrote {run / 'report.html'}, {run / 'report.md'} and {run / 'images'}")
 
 

@@ -12,26 +12,46 @@ import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 import yaml
-from jsonargparse.typing import NonNegativeInt, OpenUnitInterval, PositiveFloat, PositiveInt
+from jsonargparse.typing import (
+    NonNegativeFloat,
+    NonNegativeInt,
+    OpenUnitInterval,
+    PositiveFloat,
+    PositiveInt,
+    restricted_number_type,
+)
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint, TQDMProgressBar, WeightAveraging
+from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from flashlab.attention import AttentionSpec, resolve
 from flashlab.btc.dataset import DataConfig, EndlessBatches, Windows, loader
-from flashlab.btc.model import Forecaster, ModelConfig
+from flashlab.btc.model import WARM_UP, Forecaster, ModelConfig
 from flashlab.btc.prepare import PreparedSet, open_set
 from flashlab.btc.windows import part_windows
 from flashlab.errors import UserError, writing
-from flashlab.machine import examine
+from flashlab.machine import identify
 
 BEST, LAST, PREVIOUS = "best.ckpt", "last.ckpt", "previous.ckpt"
+
+Section = TypeVar("Section", DataConfig, ModelConfig, "OptimizerConfig", "TrainerConfig")
+if TYPE_CHECKING:
+    Decay = float
+    TwoOrMore = int
+    Seed = int
+else:
+    Decay = restricted_number_type("Decay", float, [(">=", 0), ("<", 1)])
+    TwoOrMore = restricted_number_type("TwoOrMore", int, (">=", 2))
+    Seed = restricted_number_type("Seed", int, [(">=", 0), ("<", 2**32)])
 
 
 @dataclass(frozen=True)
@@ -50,13 +70,19 @@ class OptimizerConfig:
     """
 
     lr: PositiveFloat = 3e-3
-    weight_decay: float = 0.1
-    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: NonNegativeFloat = 0.1
+    betas: tuple[Decay, Decay] = (0.9, 0.95)
     warmup_steps: NonNegativeInt = 200
     plateau_factor: OpenUnitInterval = 0.5
     plateau_patience: NonNegativeInt = 1
-    loss_weights: tuple[float, float, float, float, float] = (1.0, 1.0, 1.0, 1.0, 0.3)
-    average_decay: float = 0.999
+    loss_weights: tuple[NonNegativeFloat, NonNegativeFloat, NonNegativeFloat, NonNegativeFloat, NonNegativeFloat] = (
+        1.0,
+        1.0,
+        1.0,
+        1.0,
+        0.3,
+    )
+    average_decay: Decay = 0.999
 
 
 @dataclass(frozen=True)
@@ -65,7 +91,7 @@ class TrainerConfig:
 
     Args:
         max_steps: optimiser steps.
-        val_every_n_steps: steps from one validation to the next.
+        val_every_n_steps: steps from one validation to the next, two or more: checkpoints are written between them.
         checkpoint_every_n_steps: steps from one periodic checkpoint to the next.
         log_every_n_steps: steps from one TensorBoard point to the next.
         early_stopping_patience: validations without a better loss after which training ends.
@@ -77,7 +103,7 @@ class TrainerConfig:
     """
 
     max_steps: PositiveInt = 3000
-    val_every_n_steps: PositiveInt = 250
+    val_every_n_steps: TwoOrMore = 250
     checkpoint_every_n_steps: PositiveInt = 100
     log_every_n_steps: PositiveInt = 10
     early_stopping_patience: PositiveInt = 6
@@ -195,11 +221,21 @@ class AverageWeights(WeightAveraging):
 
 
 class Progress(TQDMProgressBar):
-    """One bar for the whole run."""
+    """One bar for the whole run, over all the times that it is resumed."""
 
-    def on_train_epoch_start(self, trainer: Trainer, *args: Any) -> None:
-        super().on_train_epoch_start(trainer, *args)
+    def on_train_start(self, trainer: Trainer, *args: Any) -> None:
+        super().on_train_start(trainer, *args)
+        self.train_progress_bar.total = trainer.max_steps
+        self.train_progress_bar.initial = trainer.global_step
         self.train_progress_bar.set_description("train")
+
+    def on_train_epoch_start(self, *args: Any) -> None:
+        """Leave the bar as it is: the one epoch is the run."""
+
+    def on_exception(self, *args: Any) -> None:
+        """Give what is printed next a line of its own."""
+        if self._train_progress_bar is not None:
+            self._train_progress_bar.close()
 
 
 class Stopped(Exception):  # noqa: N818 - not an error
@@ -210,38 +246,75 @@ class Checkpoints(Callback):
     """Write last.ckpt every N steps, at the end, and when SIGTERM or SIGINT asks to stop.
 
     Never at a step that is followed by a validation: a run resumed there would leave the validation out, and with it
-    what depends on its loss.
+    what depends on its loss. Never with weights that are not finite.
     """
 
-    def __init__(self, folder: Path, every_n_steps: int) -> None:
-        self.folder, self.every_n_steps = folder, every_n_steps
+    def __init__(self, run: Path, every_n_steps: int, resumed_from: Path | None) -> None:
+        self.run, self.every_n_steps = run, every_n_steps
         self.signal: int | None = None
         self._saved_at = 0
+        self._last_is_good = resumed_from is None or resumed_from.name == LAST
 
-    def request_stop(self, signum: int, frame: FrameType | None) -> None:
-        if self.signal is not None:  # asked twice: do not wait for the step to end
-            raise KeyboardInterrupt
+    def listen(self) -> dict[int, Any]:
+        """Wait for a signal to stop; returns the handlers so far."""
+        return {number: signal.signal(number, self._request_stop) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def _request_stop(self, signum: int, frame: FrameType | None) -> None:
         self.signal = signum
+        signal.signal(signum, signal.SIG_DFL)  # asked twice: do not wait for the step to end
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._saved_at = trainer.global_step
+        self.listen()  # once more: Lightning's own handler would end the run without a checkpoint
 
-    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         step = trainer.global_step
-        due = self.signal is not None or step - self._saved_at >= self.every_n_steps
-        if due and step % trainer.val_check_interval and step < trainer.max_steps:
-            self.save(trainer)
-            if self.signal is not None:
+        validates = step % trainer.val_check_interval == 0
+        stop = trainer.strategy.reduce_boolean_decision(self.signal is not None, all=False)  # the ranks stop together
+        save = (stop or step - self._saved_at >= self.every_n_steps) and not validates and step < trainer.max_steps
+        if save or validates or step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+            self._require_finite(trainer, pl_module)
+        if save:
+            self._save(trainer)
+            if stop:
                 raise Stopped
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.save(trainer)
+        self._require_finite(trainer, pl_module)
+        self._save(trainer)
 
-    def save(self, trainer: Trainer) -> None:
-        if (self.folder / LAST).exists() and trainer.is_global_zero:
-            os.replace(self.folder / LAST, self.folder / PREVIOUS)  # should the disk lose the new one
-        trainer.save_checkpoint(self.folder / LAST)
+    def _require_finite(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not all(parameter.isfinite().all() for parameter in pl_module.parameters()):
+            raise UserError(
+                f"{self.run}: the weights are not finite at step {trainer.global_step:,}; start another --run with a "
+                "lower --optimizer.lr"
+            )
+
+    def _save(self, trainer: Trainer) -> None:
+        last = self.run / "checkpoints" / LAST
+        if last.exists() and self._last_is_good and trainer.is_global_zero:
+            last.replace(last.with_name(PREVIOUS))  # should the disk lose the new one
+        trainer.save_checkpoint(last)
+        self._last_is_good = True
         self._saved_at = trainer.global_step
+
+
+class BestCheckpoint(ModelCheckpoint):
+    """Write best.ckpt whenever the validation loss is the lowest so far, wherever the run's folder is by now."""
+
+    def __init__(self, run: Path) -> None:
+        super().__init__(run / "checkpoints", Path(BEST).stem, monitor="val/loss", enable_version_counter=False)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the best loss over; Lightning forgets it when the folder has another path than it had."""
+        if state_dict["best_model_path"]:
+            here = self.format_checkpoint_name({})
+            state_dict = state_dict | {
+                "best_model_path": here,
+                "kth_best_model_path": here,
+                "best_k_models": {here: state_dict["best_model_score"]},
+            }
+        super().load_state_dict(state_dict | {"dirpath": self.dirpath})
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -259,7 +332,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                     file.write(serialised.getbuffer())
                     file.flush()
                     os.fsync(file.fileno())
-                os.replace(partial, path)
+                partial.replace(path)
             finally:
                 partial.unlink(missing_ok=True)
 
@@ -272,7 +345,7 @@ def train(
     trainer: TrainerConfig = TrainerConfig(),
     run: Path = Path("runs/btc"),
     resume: bool = False,
-    seed: int = 0,
+    seed: Seed = 0,
 ) -> int:
     """Train the minute-bar forecaster on a prepared set.
 
@@ -291,19 +364,30 @@ def train(
     Raises:
         UserError: the prepared set or the run folder cannot be used, a value is impossible, or the GPU is not there.
     """
-    sections = {"data": data, "model": model, "optimizer": optimizer, "trainer": trainer}
-    config = _plain({name: asdict(section) for name, section in sections.items()})
+    data, model, optimizer, trainer, seed = _plain(data), _plain(model), _plain(optimizer), _plain(trainer), int(seed)
+    config: dict[str, Any] = {
+        "data": asdict(data),
+        "model": asdict(model),
+        "optimizer": asdict(optimizer),
+        "trainer": asdict(trainer),
+        "seed": seed,
+    }
     record_path = run / "run.json"
-    if record_path.exists() or (run / "checkpoints").exists():
+    # Of the processes that train together, each of which runs this function, one writes and speaks.
+    is_first = rank_zero_only.rank == 0  # type: ignore[attr-defined]
+    if is_first and (record_path.exists() or (run / "checkpoints").exists()):
         if not resume:
             raise UserError(f"{run} holds a run already; add --resume to continue it, or choose another --run")
-        if (finished := _read_record(record_path).get("finished")) is not None:
+        if (finished := read_record(run).get("finished")) is not None:
             print(f"{run} is trained already ({finished['steps']:,} steps); choose another --run to train anew")
             return 0
     accelerator = _choose_accelerator(trainer)
+    precision = _choose_precision(trainer, accelerator)
     prepared = open_set(data.path)
-    datamodule = BarsDataModule(prepared, data, trainer.max_steps, seed)
+    check_context(prepared, data.context_length)
     _check(prepared, data, model)
+    backend = _resolve_backend(model, data, accelerator, precision)
+    datamodule = BarsDataModule(prepared, data, trainer.max_steps, seed)
 
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", ".*isinstance.treespec, LeafSpec.*")  # between Lightning and torch
@@ -316,33 +400,37 @@ def train(
         prepared.scaler.std,
         prepared.manifest["missing"]["mask_filled"],
     )
+    for block in module.forecaster.blocks:
+        block.backend = backend  # type: ignore[assignment]
     checkpoint = _last_good_checkpoint(run, module) if resume else None
-    record = {
+    record: dict[str, Any] = {
         "schema_version": 1,
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "git_commit": _git_commit(),
-        "machine": examine(run.parent),
+        "machine": identify(),
         "parameters": sum(parameter.numel() for parameter in module.parameters()),
+        "attention_backend": backend,
     }
-    with writing(run):
-        run.mkdir(parents=True, exist_ok=True)
-        (run / "config.yaml").write_text(yaml.safe_dump(config | {"seed": seed}, sort_keys=False))
-        record_path.write_text(json.dumps(record, indent=1))
+    if is_first:
+        with writing(run):
+            run.mkdir(parents=True, exist_ok=True)
+        _write(run / "config.yaml", yaml.safe_dump(config, sort_keys=False))
+        _write(record_path, json.dumps(record, indent=1))
 
-    checkpoints = Checkpoints(run / "checkpoints", trainer.checkpoint_every_n_steps)
-    best = ModelCheckpoint(run / "checkpoints", "best", monitor="val/loss", enable_version_counter=False)
+    checkpoints = Checkpoints(run, trainer.checkpoint_every_n_steps, checkpoint)
+    best, early_stopping = BestCheckpoint(run), EarlyStopping("val/loss", patience=trainer.early_stopping_patience)
     callbacks: list[Callback] = [best, Progress(refresh_rate=trainer.log_every_n_steps)]
     if optimizer.average_decay:
         callbacks.append(AverageWeights(optimizer.average_decay))
-    callbacks += [EarlyStopping("val/loss", patience=trainer.early_stopping_patience), checkpoints]
+    callbacks += [early_stopping, checkpoints]
     lightning = Trainer(
         accelerator=accelerator,
         devices=trainer.devices,
         num_nodes=trainer.num_nodes,
-        precision=_choose_precision(trainer, accelerator),
+        precision=precision,
         max_epochs=1,  # of EndlessBatches, whose one pass is the whole run: steps count, not epochs
         max_steps=trainer.max_steps,
-        val_check_interval=trainer.val_every_n_steps,
+        val_check_interval=min(trainer.val_every_n_steps, trainer.max_steps),
         check_val_every_n_epoch=None,
         num_sanity_val_steps=0,
         log_every_n_steps=trainer.log_every_n_steps,
@@ -353,28 +441,32 @@ def train(
         plugins=[AtomicCheckpointIO()],
         enable_model_summary=False,
     )
-    print(
+    say = print if is_first else lambda *args, **kwargs: None
+    say(
         f"{run}: {record['parameters']:,} parameters, {lightning.max_steps:,} steps on {accelerator}"
         + (f", resumed from {checkpoint}" if checkpoint else "")
     )
     started = time.perf_counter()
-    handlers = {number: signal.signal(number, checkpoints.request_stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    handlers = checkpoints.listen()
     try:
         with warnings.catch_warnings(), writing(run):
-            warnings.filterwarnings(
-                "ignore", ".*dataloader.*(num_workers|workers|resumable).*"
-            )  # memory is fast; ours resumes
+            for expected in ("dataloader.*workers", "dataloader is not resumable", "Checkpoint directory .* not empty"):
+                warnings.filterwarnings("ignore", f".*{expected}")  # memory needs no workers, and ours resumes
             lightning.fit(module, datamodule=datamodule, ckpt_path=checkpoint, weights_only=True)
     except Stopped:
-        name = signal.Signals(checkpoints.signal or signal.SIGTERM).name
-        print(f"{run}: stopped by {name} at step {lightning.global_step:,}; continue with --resume", file=sys.stderr)
-        return 128 + (checkpoints.signal or signal.SIGTERM)
+        asked = signal.Signals(checkpoints.signal or signal.SIGTERM)
+        say(
+            f"{run}: stopped by {asked.name} at step {lightning.global_step:,}; continue with --resume",
+            file=sys.stderr,
+        )
+        return 128 + asked if is_first else 0  # Lightning kills the first of several when another ends with a code
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-    if best.best_model_score is not None and not torch.isfinite(best.best_model_score):
+    if early_stopping.stopping_reason is EarlyStoppingReason.NON_FINITE_METRIC:
         raise UserError(
-            f"{run}: the loss is not finite at step {lightning.global_step:,}; lower --optimizer.lr, new --run"
+            f"{run}: the validation loss is not finite at step {lightning.global_step:,}; start another --run with a "
+            "lower --optimizer.lr"
         )
     record["finished"] = {
         "steps": lightning.global_step,
@@ -382,9 +474,9 @@ def train(
         "best_val_loss": float(best.best_model_score) if best.best_model_score is not None else None,
         "precision": lightning.precision,
     }
-    with writing(record_path):
-        record_path.write_text(json.dumps(record, indent=1))
-    print(
+    if is_first:
+        _write(record_path, json.dumps(record, indent=1))
+    say(
         f"{run}: trained {lightning.global_step:,} steps in {record['finished']['seconds']} s; "
         f"score it with `flashlab evaluate {run}`"
     )
@@ -409,18 +501,19 @@ def load_forecaster(path: Path) -> ForecasterModule:
 
 def _last_good_checkpoint(run: Path, module: ForecasterModule) -> Path | None:
     """Find the newest checkpoint that loads, and make sure that it is of this module."""
+    damaged = []
     for path in (run / "checkpoints" / LAST, run / "checkpoints" / PREVIOUS):
         try:
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-            trained_with = checkpoint["hyper_parameters"]
-            checkpoint["state_dict"], checkpoint["loops"]
+            trained_with = {name: checkpoint["hyper_parameters"][name] for name in module.hparams}
+            checkpoint["state_dict"], checkpoint["loops"], checkpoint["optimizer_states"]
         except FileNotFoundError:
             continue
         except Exception as error:  # as above
-            print(f"{path} is damaged ({_one_line(error)}); trying an earlier one", file=sys.stderr)
+            damaged.append(f"{path} is damaged ({_one_line(error)})")
             continue
-        for section in ("model", "optimizer", "mean", "std", "mask_filled"):
-            before, now = trained_with[section], module.hparams[section]
+        for section, before in trained_with.items():
+            now = module.hparams[section]
             if before != now:
                 keys = [key for key in now if before.get(key) != now[key]] if isinstance(now, dict) else []
                 what = (
@@ -431,24 +524,39 @@ def _last_good_checkpoint(run: Path, module: ForecasterModule) -> Path | None:
                 raise UserError(
                     f"{path} was trained with {what}; resume with {run / 'config.yaml'}, or choose another --run"
                 )
+        for line in damaged:
+            print(f"{line}; going on from {path.name}", file=sys.stderr)
         return path
+    if damaged:
+        raise UserError(f"{damaged[0]}, and there is no good one before it; choose another --run to start anew")
     return None
+
+
+def check_context(prepared: PreparedSet, context_length: int) -> None:
+    """Refuse a context length that the set was not split for.
+
+    Raises:
+        UserError: it is longer than the gap between the parts, or not that of the windows dealt out at random.
+    """
+    split = prepared.manifest["split"]
+    longest = split["context_length"]
+    if context_length > longest or (split["kind"] == "seed" and context_length != longest):
+        raise UserError(
+            f"--data.context_length {context_length} does not fit {prepared.path}, which was split for windows of "
+            f"{longest}; prepare it with --context_length {context_length}"
+        )
 
 
 def _check(prepared: PreparedSet, data: DataConfig, model: ModelConfig) -> None:
     """Refuse what cannot work before anything is written."""
-    split = prepared.manifest["split"]
     if model.width % model.num_heads or (model.width // model.num_heads) % 2:
         raise UserError(f"--model.num_heads {model.num_heads} must divide --model.width {model.width} into even parts")
+    if data.context_length <= WARM_UP:
+        raise UserError(
+            f"--data.context_length {data.context_length} is too short: the first {WARM_UP} bars only warm up"
+        )
     if data.mirror and model.frame == "level":
         raise UserError("--data.mirror true needs --model.frame relative: a mirrored price has another level")
-    if data.context_length > split["context_length"] or (
-        split["kind"] == "seed" and data.context_length != split["context_length"]
-    ):
-        raise UserError(
-            f"--data.context_length {data.context_length} does not fit {prepared.path}, which was split for windows of "
-            f"{split['context_length']}; prepare it with --context_length {data.context_length}"
-        )
     for part in ("train", "validation"):
         if not len(part_windows(prepared.manifest, part, data.context_length, data.stride)):
             raise UserError(
@@ -466,15 +574,35 @@ def _choose_accelerator(config: TrainerConfig) -> str:
     return "cpu"
 
 
+def _resolve_backend(model: ModelConfig, data: DataConfig, accelerator: str, precision: str) -> str:
+    """Choose the attention backend once for the whole run."""
+    device = torch.device("cuda" if accelerator == "gpu" else "cpu")
+    dtype = {"32-true": torch.float32, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}[precision]
+    length, heads = data.context_length, model.num_heads
+    shape = (data.batch_size, length, length, heads, heads, model.width // heads)
+    return resolve(model.backend, AttentionSpec(*shape, dtype, device, causal=True, needs_grad=True))
+
+
 def _choose_precision(config: TrainerConfig, accelerator: str) -> Any:
     if config.precision != "auto":
         return config.precision
     return "bf16-mixed" if accelerator == "gpu" and torch.cuda.is_bf16_supported() else "32-true"
 
 
-def _read_record(path: Path) -> dict[str, Any]:
+def _write(path: Path, text: str) -> None:
+    partial = path.with_name(f".{path.name}")
+    with writing(path):
+        try:
+            partial.write_text(text)
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def read_record(run: Path) -> dict[str, Any]:
+    """Read a run's run.json."""
     try:
-        return json.loads(path.read_text())
+        return json.loads((run / "run.json").read_text())
     except (FileNotFoundError, ValueError):  # killed before or while it was written
         return {}
 
@@ -487,10 +615,11 @@ def _git_commit() -> str | None:
         return None
 
 
-def _plain(value: Any) -> Any:
+def _plain(section: Section) -> Section:
     """Turn jsonargparse's numbers and tuples into what YAML and a checkpoint without pickled code can hold."""
-    return json.loads(json.dumps(value))
+    return type(section)(**json.loads(json.dumps(asdict(section))))
 
 
 def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:150] or type(error).__name__
+    reason = " ".join(str(error).split()).rpartition("WeightsUnpickler error: ")[2]  # what torch says last, at length
+    return reason.split(". ")[0][:200] or type(error).__name__

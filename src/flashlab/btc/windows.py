@@ -40,9 +40,10 @@ def scored_windows(
 ) -> tuple[np.ndarray, np.ndarray]:
     """List the windows that together forecast a part's bars, and the first target of each that counts.
 
-    Chronological split: every bar of the part counts once, with half a context of history or more; the first windows
-    begin in the gap before the part, whose bars are history and never targets. Seed split: the part's own windows, in
-    which a target counts when `min_history` bars of the window come before it, which is all that any forecaster sees.
+    Chronological split: every bar of the part that can have more than half a context of history in its segment counts
+    once, with no less; the first windows begin in the gap before the part, whose bars are history and never targets.
+    Seed split: the part's own windows, in which a target counts when `min_history` bars of the window come before it,
+    which is all that any forecaster sees.
 
     Returns:
         int64 ``[W]`` first rows, and int64 ``[W]`` positions p: the targets start + 1 + p and later count.
@@ -55,11 +56,13 @@ def scored_windows(
     half = context_length // 2
     all_starts, all_firsts = [], []
     for start, stop in manifest["segments"]:
-        low, high = max(start, begin - half - 1), min(stop, end) - context_length - 1
-        if high < low:
+        high = min(stop, end) - context_length - 1
+        if high < max(start, begin - context_length):
             continue
+        low = min(max(start, begin - half - 1), high)
         starts = np.append(np.arange(low, high, context_length - half), high)
-        scored_to = np.concatenate([[low + half], starts[:-1] + context_length])  # last row scored before each window
+        done = max(low + half, begin - 1)  # rows up to here have too little history, or belong to no part
+        scored_to = np.concatenate([[done], starts[:-1] + context_length])  # last row scored before each window
         all_starts.append(starts)
         all_firsts.append(scored_to - starts)
     if not all_starts:

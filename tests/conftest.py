@@ -1,0 +1,22 @@
+from pathlib import Path
+
+import pytest
+
+from flashlab.btc.prepare import prepare
+from flashlab.btc.simulate import simulate_bars
+
+
+@pytest.fixture(scope="session")
+def bars_csv(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three days of simulated minute bars, with the gaps that they come with."""
+    path = tmp_path_factory.mktemp("bars") / "bars.csv"
+    simulate_bars(3, seed=0).to_csv(path, index=False)
+    return path
+
+
+@pytest.fixture(scope="session")
+def prepared(bars_csv: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A set prepared from `bars_csv` for a context of 32 bars. Read it, never write into it."""
+    out = tmp_path_factory.mktemp("prepared") / "set"
+    prepare([bars_csv], out=out, context_length=32)
+    return out
