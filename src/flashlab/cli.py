@@ -27,8 +27,8 @@ COMMANDS = {
     "data describe": ("flashlab.btc.describe:describe", "say what a CSV or a prepared set holds, with a plot"),
     "train": ("flashlab.btc.train:train", "train the minute-bar forecaster"),
     "evaluate": ("flashlab.btc.evaluate:evaluate", "score a trained forecaster beside its baselines"),
-    "results": ("flashlab.results:results", "write the result files' numbers into README.md and docs"),
     "report": ("flashlab.btc.report:report", "draw and write the report of an evaluated run"),
+    "results": ("flashlab.results:results", "write the result files' numbers into README.md and docs"),
 }
 
 
@@ -75,14 +75,14 @@ def build_parser(name: str, command: Callable[..., Any]) -> Parser:
     A parameter that may be passed by position and has no default is a positional argument (a list takes one or more
     values); all others are options.
     """
-    parser = Parser(prog=f"flashlab {name}", description=inspect.getdoc(command).split("\n\nArgs:")[0])
+    parser = Parser(prog=f"flashlab {name}", description=(inspect.getdoc(command) or "").split("\n\nArgs:")[0])
     parser.add_argument("--config", action=ActionConfigFile, help="YAML file with any of these options; repeatable")
     parser.add_function_arguments(command, as_positional=False, skip=set(positional := _positionals(command)))
     help_lines = {param.arg_name: param.description for param in docstring_parser.parse(command.__doc__).params}
     for parameter in positional.values():
         is_list = get_origin(parameter.annotation) is list
         value_type = get_args(parameter.annotation)[0] if is_list else parameter.annotation
-        nargs = {"nargs": "+"} if is_list else {}
+        nargs: dict[str, Any] = {"nargs": "+"} if is_list else {}
         parser.add_argument(parameter.name, type=value_type, help=help_lines[parameter.name], **nargs)
     return parser
 

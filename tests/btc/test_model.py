@@ -90,11 +90,12 @@ def test_the_mirrored_market_has_opposite_moves_and_the_same_volume():
     bars = market()
     mirrored = torch.cat([1 / bars[..., [OPEN, LOW, HIGH, CLOSE]], bars[..., VOLUME:]], dim=-1)
     frame = RelativeFrame(MEAN, STD)
-    (inputs, context), (opposite, other) = frame.encode(bars), frame.encode(mirrored)
+    (inputs, past), (opposite, other) = frame.encode(bars), frame.encode(mirrored)
     torch.testing.assert_close(opposite[..., [OPEN, LOW, HIGH, CLOSE]], -inputs[..., PRICES], rtol=0, atol=1e-2)
     torch.testing.assert_close(opposite[..., 4:], inputs[..., 4:], rtol=0, atol=1e-2)  # volume, ranges, what was filled
-    torch.testing.assert_close(other.ranges[..., [0, 2, 1], :], context.ranges, rtol=0, atol=1e-5)
-    torch.testing.assert_close(other.volumes, context.volumes, rtol=0, atol=0)
+    ranges, opposite_ranges = (of.ranges.unflatten(-1, (3, -1)) for of in (past, other))  # whole, up, down
+    torch.testing.assert_close(opposite_ranges[..., [0, 2, 1], :], ranges, rtol=0, atol=1e-5)
+    torch.testing.assert_close(other.volume, past.volume, rtol=0, atol=0)
 
 
 def degenerate(name):
@@ -219,6 +220,7 @@ def test_one_batch_overfits(frame):
     torch.manual_seed(0)
     model = Forecaster(ModelConfig(width=32, num_layers=1, frame=frame), mean, std)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
+    decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1, 0.02, total_iters=250)
 
     def error():
         with torch.no_grad():
@@ -231,6 +233,7 @@ def test_one_batch_overfits(frame):
         model.loss(bars, ONES, mask_filled=False).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
         optimizer.step()
+        decay.step()
     assert (error() / before < 0.1).all(), error() / before
 
 

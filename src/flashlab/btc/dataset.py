@@ -105,9 +105,10 @@ def _from_chunks(prepared: PreparedSet) -> ReadWindows:
     def read(starts: np.ndarray, length: int) -> Tensor:
         windows = np.empty((len(starts), length, len(FEATURES)), np.float32)
         for window, start in zip(windows, starts.tolist(), strict=True):
-            blocks = range(start // block_bars, (start + length - 1) // block_bars + 1)
-            offsets = (start - block * block_bars for block in blocks)
-            pieces = [read_block(block)[1][max(at, 0) : at + length] for block, at in zip(blocks, offsets, strict=True)]
+            pieces = []
+            for index in range(start // block_bars, (start + length - 1) // block_bars + 1):
+                at = start - index * block_bars  # where the window starts in the block, below 0 if before it
+                pieces.append(read_block(index).values[max(at, 0) : at + length])
             np.concatenate(pieces, out=window)
         return torch.from_numpy(windows)
 
@@ -188,6 +189,5 @@ def loader(
         num_workers=num_workers,
         collate_fn=default_convert,
         pin_memory=pin_memory,
-        persistent_workers=num_workers > 0,
         **sampling,
     )

@@ -23,6 +23,7 @@ OPEN, HIGH, LOW, CLOSE, VOLUME = range(5)
 PRICES = slice(0, 4)
 SMOOTH_L1_BETAS = (0.2, 1.0, 1.0, 1.0, 2.0)  # below it an error counts squared; the open's is small: it has outliers
 HALF_LIVES = (1.0, 4.0, 16.0, 60.0, 240.0, 960.0)  # minutes; the last average is the unit of moves and volumes
+VOLUME_AVERAGE = 2  # of the half-lives, the average that a volume forecast starts from
 WARM_UP = 16  # reported bars that a window must have shown before its forecasts count in the loss
 FLOOR = 0.05  # of the unit, added to every range: after minutes that stood still something may move
 SMALLEST_RANGE = 2e-5  # 0.2 basis points: keeps a market that stands still from dividing by zero
@@ -49,16 +50,6 @@ class ModelConfig:
     backend: str = "auto"
 
 
-class Context(NamedTuple):
-    """What a frame keeps of the bars to turn network outputs into a forecast."""
-
-    log_bars: Tensor  # [B, S, F]
-    ranges: Tensor | None = (
-        None  # [B, S, 3, K]: averages of the range, of the move up to the high, of that down to the low
-    )
-    volumes: Tensor | None = None  # [B, S, K]: averages of log volume, as z-scores
-
-
 class Forecast(NamedTuple):
     """A forecast of the bar after each position.
 
@@ -79,7 +70,11 @@ def to_log_bars(bars: Tensor) -> Tensor:
 
 
 class LevelFrame(nn.Module):
-    """z-scores in, z-scores out."""
+    """z-scores in, z-scores out.
+
+    `encode` turns bars ``[B, S, F]`` into network inputs ``[B, S, I]`` and what `decode` needs beside the network's
+    outputs for a forecast.
+    """
 
     mean: Tensor
     std: Tensor
@@ -91,12 +86,12 @@ class LevelFrame(nn.Module):
         self.register_buffer("mean", torch.tensor(mean), persistent=False)
         self.register_buffer("std", torch.tensor(std), persistent=False)
 
-    def encode(self, bars: Tensor) -> tuple[Tensor, Context]:
+    def encode(self, bars: Tensor) -> tuple[Tensor, Any]:
         log_bars = to_log_bars(bars)
-        return (log_bars - self.mean) / self.std, Context(log_bars)
+        return (log_bars - self.mean) / self.std, log_bars[..., CLOSE]
 
-    def decode(self, outputs: Tensor, context: Context) -> Forecast:
-        return Forecast(outputs * self.std + self.mean, self.std.expand_as(outputs), context.log_bars[..., CLOSE])
+    def decode(self, outputs: Tensor, last_close: Any) -> Forecast:
+        return Forecast(outputs * self.std + self.mean, self.std.expand_as(outputs), last_close)
 
     def loss(self, forecast: Forecast, target: Tensor) -> Tensor:
         """Smooth L1 of each feature's error in z-scores: ``[B, S, F]``."""
@@ -104,19 +99,28 @@ class LevelFrame(nn.Module):
         return F.smooth_l1_loss(error, torch.zeros_like(error), reduction="none")
 
 
+class Past(NamedTuple):
+    """What a relative forecast starts from."""
+
+    close: Tensor  # [B, S]
+    unit: Tensor  # [B, S]: the slowest average of the range
+    ranges: Tensor  # [B, S, 3 * (1 + K)]: the last range, move up to the high, move down to the low, and their averages
+    volume: Tensor  # [B, S]: an average of log volume, as z-score
+
+
 class RelativeFrame(LevelFrame):
     """Moves relative to the last close in, moves relative to the last close out.
 
     Open and close are the last close plus a move. High and low are the last close plus and minus a positive mixture of
-    past ranges, whose weights are the network's outputs: a mixture stays a plausible range however wild the market. Volume is
-    a recent average plus a change.
+    past ranges, whose weights are the network's outputs: a mixture stays a plausible range however wild the market.
+    Volume is a recent average plus a change.
     """
 
     num_inputs = 6 + 2 * (len(HALF_LIVES) - 1)
     num_mixed = 3 * (1 + len(HALF_LIVES))
     num_outputs = 3 + 2 * num_mixed
 
-    def encode(self, bars: Tensor) -> tuple[Tensor, Context]:
+    def encode(self, bars: Tensor) -> tuple[Tensor, Past]:
         log_bars = to_log_bars(bars)
         volume = (log_bars[..., VOLUME] - self.mean[VOLUME]) / self.std[VOLUME]
         last_close = torch.cat([log_bars[:, :1, OPEN], log_bars[:, :-1, CLOSE]], dim=1)
@@ -138,25 +142,21 @@ class RelativeFrame(LevelFrame):
             ],
             dim=-1,
         )
-        ranges = torch.cat([past[..., :3, None], ranges], dim=-1) + FLOOR * unit[..., None]
-        return inputs, Context(log_bars, ranges, volumes)
+        ranges = torch.cat([past[..., :3, None], ranges], dim=-1).flatten(-2) + FLOOR * unit
+        return inputs, Past(log_bars[..., CLOSE], unit[..., 0], ranges, volumes[..., VOLUME_AVERAGE])
 
-    def decode(self, outputs: Tensor, context: Context) -> Forecast:
-        assert context.ranges is not None
-        assert context.volumes is not None
-        close = context.log_bars[..., CLOSE]
-        unit = context.ranges[..., 0, -1] / (1 + FLOOR)
+    def decode(self, outputs: Tensor, past: Any) -> Forecast:
+        close, unit, ranges, volume = past
         to_open, to_close, to_volume, *_ = outputs.unbind(-1)
         weights = F.softplus(outputs[..., 3:].unflatten(-1, (2, self.num_mixed)) - 3.5)  # small at first
-        up, down = (weights * context.ranges.flatten(-2)[..., None, :]).sum(-1).unbind(-1)
-        volume = context.volumes[..., 2] + to_volume
+        up, down = (weights * ranges[..., None, :]).sum(-1).unbind(-1)
         log_bars = torch.stack(
             [
                 close + unit * to_open,
                 close + up,
                 close - down,
                 close + unit * to_close,
-                volume * self.std[VOLUME] + self.mean[VOLUME],
+                (volume + to_volume) * self.std[VOLUME] + self.mean[VOLUME],
             ],
             dim=-1,
         )
@@ -265,21 +265,21 @@ class Forecaster(nn.Module):
         self._initialise()
 
     def _initialise(self) -> None:
-        for block in self.blocks:  # a residual sum of many blocks starts near the identity, as GPT-2's does
-            for layer in (block.attention_out, block.mlp_out):
-                nn.init.normal_(layer.weight, std=0.02 / (2 * len(self.blocks)) ** 0.5)
+        for name, weight in self.blocks.named_parameters():
+            if name.endswith(("attention_out.weight", "mlp_out.weight")):  # blocks start near the identity, as GPT-2's
+                nn.init.normal_(weight, std=0.02 / (2 * len(self.blocks)) ** 0.5)
         nn.init.normal_(self.output.weight, std=0.02)
         nn.init.zeros_(self.output.bias)
 
     def forward(self, bars: Tensor) -> Forecast:
         """Forecast from bars ``[B, S, F]`` as stored: prices and volume, NaN where a minute was filled."""
         with torch.autocast(bars.device.type, enabled=False):  # logs of prices need float32
-            inputs, context = self.frame.encode(bars)
+            inputs, past = self.frame.encode(bars)
             rotation = rotation_angles(bars.shape[1], self.config.width // self.config.num_heads, bars.device)
         x = self.input(inputs).float()
         for block in self.blocks:
             x = block(x, rotation)
-        return self.frame.decode(self.output(self.norm(x)).float(), context)
+        return self.frame.decode(self.output(self.norm(x)).float(), past)
 
     def loss(self, bars: Tensor, weights: Tensor, mask_filled: bool) -> Tensor:
         """Average the loss of the forecasts of bars 2 to S + 1 over the bars that count.

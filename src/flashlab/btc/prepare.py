@@ -2,7 +2,8 @@
 
 A folder (or object storage prefix) holds ``manifest.json`` and one folder of litdata chunks that the manifest names.
 Replacing the manifest is what commits a new set: until then the previous one is whole, and whatever a killed run left
-beside it is removed by the next. Windows for training are views of the stored bars, never copies.
+beside it is removed by the next. Windows for training are views of the bars, never copies, and minutes that cleaning
+filled are filled again on reading rather than stored.
 """
 
 import io
@@ -11,7 +12,7 @@ import shutil
 import tempfile
 import uuid
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -31,8 +32,8 @@ SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
 LOCK = ".lock"
 BAR_BYTES = 4 * (1 + len(FEATURES))  # int32 minute, float32 values
-BLOCK_BARS = 16_384  # one litdata item, 393 kB: a window of 2048 touches at most two
-CHUNK_BLOCKS = 20  # one litdata chunk, 8 MB
+BLOCK_BARS = 16_384  # one litdata item, at most 393 kB: a window of 2048 touches at most two
+CHUNK_BLOCKS = 20  # one litdata chunk, at most 8 MB
 
 
 @dataclass(frozen=True)
@@ -67,8 +68,7 @@ class PreparedSet:
         """
         with stream_blocks(self) as read_block:
             blocks = [read_block(index) for index in range(len(self.manifest["block_crc32"]))]
-        minute, values = (np.concatenate(column) for column in zip(*blocks, strict=True))
-        return Bars(minute, values)
+        return Bars(np.concatenate([b.minute for b in blocks]), np.concatenate([b.values for b in blocks]))
 
 
 def prepare(
@@ -176,12 +176,12 @@ def open_set(path: str | Path) -> PreparedSet:
 
 
 @contextmanager
-def stream_blocks(prepared: PreparedSet) -> Iterator[Any]:
+def stream_blocks(prepared: PreparedSet) -> Iterator[Callable[[int], Bars]]:
     """Open the stored blocks for random access.
 
     Yields:
-        A function from a block's index to its minutes int32 ``[n]`` and values float32 ``[n, 5]``. Of a remote set it
-        fetches that block alone; what litdata keeps on disk is in a private folder that is removed at the end.
+        A function from a block's index to its bars. Of a remote set it fetches that block alone; what litdata keeps on
+        disk is in a private folder that is removed at the end.
 
     Raises:
         UserError: a chunk is missing or damaged.
@@ -192,7 +192,7 @@ def stream_blocks(prepared: PreparedSet) -> Iterator[Any]:
     with tempfile.TemporaryDirectory(prefix="flashlab-") as cache:
         dataset: Any = None
 
-        def read_block(index: int) -> tuple[np.ndarray, np.ndarray]:
+        def read_block(index: int) -> Bars:
             nonlocal dataset
             try:
                 if dataset is None:
@@ -204,9 +204,10 @@ def stream_blocks(prepared: PreparedSet) -> Iterator[Any]:
                 place = f"{prepared.chunks} is damaged or out of reach at bar {index * manifest['block_bars']:,}"
                 reason = " ".join(str(error).split()).split(". ")[0][:200]
                 raise UserError(f"{place} ({reason}); prepare the set again") from error
-            bars = len(block) // BAR_BYTES
-            values = np.frombuffer(block, np.float32, offset=4 * bars).reshape(bars, len(FEATURES))
-            return np.frombuffer(block, np.int32, count=bars), values
+            count = len(block) // BAR_BYTES
+            values = np.frombuffer(block, np.float32, offset=4 * count).reshape(count, len(FEATURES))
+            bars = Bars(np.frombuffer(block, np.int32, count), values)
+            return bars if (max_gap := manifest["missing"]["max_gap"]) is None else fill_missing(bars, max_gap)
 
         yield read_block
 
@@ -262,7 +263,7 @@ def _require_windows(manifest: dict[str, Any], src: list[Path]) -> None:
 
 @contextmanager
 def _alone_in(out: Path) -> Iterator[None]:
-    """Create the folder and keep every other prepare out of it; a folder in which no set came to be is removed."""
+    """Create the folder and keep every other prepare out of it; take it away again if no set came to be in it."""
     lock = FileLock(out / LOCK)
     created: list[Path] = []
     try:
@@ -277,11 +278,11 @@ def _alone_in(out: Path) -> Iterator[None]:
                 ) from None
         yield
     finally:
-        if created and not (out / MANIFEST).exists():
-            with suppress(OSError):
-                (out / LOCK).unlink(missing_ok=True)
-                for folder in created:
-                    folder.rmdir()
+        with suppress(OSError):
+            if lock.is_locked and not (out / MANIFEST).exists():
+                (out / LOCK).unlink()
+            for folder in created:
+                folder.rmdir()  # refused where there is something in it
         lock.release()
 
 
@@ -312,20 +313,21 @@ def _write_chunks(bars: Bars, folder: Path) -> list[int]:
     number of items, the offset of each and of the end, and the items; an item is the length of its bytes and the bytes.
     """
     checksums: list[int] = []
-    chunks = []
-    for first in range(0, len(bars), CHUNK_BLOCKS * BLOCK_BARS):
+    chunks: list[dict[str, Any]] = []
+    stored = bars.observed
+    stored[::BLOCK_BARS] = stored[BLOCK_BARS - 1 :: BLOCK_BARS] = stored[-1] = True  # a block is filled from within
+    blocks = [slice(start, start + BLOCK_BARS) for start in range(0, len(bars), BLOCK_BARS)]
+    for first in range(0, len(blocks), CHUNK_BLOCKS):
         items = []
-        for start in range(first, min(first + CHUNK_BLOCKS * BLOCK_BARS, len(bars)), BLOCK_BARS):
-            block = slice(start, start + BLOCK_BARS)
-            items.append(bars.minute[block].tobytes() + bars.values[block].tobytes())
+        for block in blocks[first : first + CHUNK_BLOCKS]:
+            items.append(bars.minute[block][stored[block]].tobytes() + bars.values[block][stored[block]].tobytes())
         offsets = np.cumsum([4 * (len(items) + 2), *(4 + len(item) for item in items)])
-        content = [
-            np.uint32([len(items), *offsets]),
-            *(part for item in items for part in (np.uint32(len(item)), item)),
-        ]
         chunk = folder / f"chunk-0-{len(chunks)}.bin"
         with chunk.open("wb") as file:
-            file.writelines(content)
+            file.write(np.array([len(items), *offsets], np.uint32).tobytes())
+            for item in items:
+                file.write(np.uint32(len(item)).tobytes())
+                file.write(item)
         chunks.append({"chunk_bytes": int(offsets[-1]), "chunk_size": len(items), "dim": None, "filename": chunk.name})
         checksums += map(zlib.crc32, items)
     config = {

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import warnings
 from dataclasses import asdict, dataclass
@@ -117,6 +118,8 @@ class TrainerConfig:
 class ForecasterModule(LightningModule):
     """The forecaster with its optimiser, as Lightning trains it. All arguments are plain values, kept in checkpoints."""
 
+    loss_weights: Tensor
+
     def __init__(
         self, model: dict[str, Any], optimizer: dict[str, Any], mean: list[float], std: list[float], mask_filled: bool
     ) -> None:
@@ -182,15 +185,21 @@ class BarsDataModule(LightningDataModule):
 
     def __init__(self, prepared: PreparedSet, config: DataConfig, max_steps: int, seed: int) -> None:
         super().__init__()
-        self.prepared, self.config, self.max_steps, self.seed = prepared, config, max_steps, seed
-
-    def _windows(self, part: str, stride: int | None, mirror: bool = False) -> Windows:
-        starts = part_windows(self.prepared.manifest, part, self.config.context_length, stride)
-        return Windows(self.prepared, starts, self.config.context_length, mirror=mirror, stream=self.config.stream)
+        self.config, self.max_steps, self.seed = config, max_steps, seed
+        self.train_windows, self.val_windows = (
+            Windows(
+                prepared,
+                part_windows(prepared.manifest, part, config.context_length, stride),
+                config.context_length,
+                mirror=mirror,
+                stream=config.stream,
+            )
+            for part, stride, mirror in (("train", config.stride, config.mirror), ("validation", None, False))
+        )
 
     def train_dataloader(self) -> DataLoader[Tensor]:
         assert self.trainer is not None
-        windows = self._windows("train", self.config.stride, self.config.mirror)
+        windows = self.train_windows
         batches = EndlessBatches(
             len(windows),
             self.config.batch_size,
@@ -203,7 +212,7 @@ class BarsDataModule(LightningDataModule):
         return loader(windows, batches, num_workers=self.config.num_workers, pin_memory=torch.cuda.is_available())
 
     def val_dataloader(self) -> DataLoader[Tensor]:
-        return loader(self._windows("validation", None), batch_size=self.config.batch_size)
+        return loader(self.val_windows, batch_size=self.config.batch_size)
 
 
 class AverageWeights(WeightAveraging):
@@ -284,7 +293,7 @@ class Checkpoints(Callback):
         self._save(trainer)
 
     def _require_finite(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not all(parameter.isfinite().all() for parameter in pl_module.parameters()):
+        if not torch.nn.utils.get_total_norm([parameter.detach() for parameter in pl_module.parameters()]).isfinite():
             raise UserError(
                 f"{self.run}: the weights are not finite at step {trainer.global_step:,}; start another --run with a "
                 "lower --optimizer.lr"
@@ -375,7 +384,9 @@ def train(
     record_path = run / "run.json"
     # Of the processes that train together, each of which runs this function, one writes and speaks.
     is_first = rank_zero_only.rank == 0  # type: ignore[attr-defined]
-    if is_first and (record_path.exists() or (run / "checkpoints").exists()):
+    with writing(run):
+        exists = record_path.exists() or (run / "checkpoints").exists()
+    if is_first and exists:
         if not resume:
             raise UserError(f"{run} holds a run already; add --resume to continue it, or choose another --run")
         if (finished := read_record(run).get("finished")) is not None:
@@ -447,11 +458,16 @@ def train(
         + (f", resumed from {checkpoint}" if checkpoint else "")
     )
     started = time.perf_counter()
-    handlers = checkpoints.listen()
+    handlers, hook = checkpoints.listen(), threading.excepthook
+    threading.excepthook = _hide_os_errors
     try:
         with warnings.catch_warnings(), writing(run):
-            for expected in ("dataloader.*workers", "dataloader is not resumable", "Checkpoint directory .* not empty"):
-                warnings.filterwarnings("ignore", f".*{expected}")  # memory needs no workers, and ours resumes
+            for idle in (
+                "dataloader .*(workers|resumable)",
+                "Checkpoint directory .* not empty",
+                "number of training batches",
+            ):
+                warnings.filterwarnings("ignore", f".*{idle}")
             lightning.fit(module, datamodule=datamodule, ckpt_path=checkpoint, weights_only=True)
     except Stopped:
         asked = signal.Signals(checkpoints.signal or signal.SIGTERM)
@@ -461,6 +477,7 @@ def train(
         )
         return 128 + asked if is_first else 0  # Lightning kills the first of several when another ends with a code
     finally:
+        threading.excepthook = hook
         for number, handler in handlers.items():
             signal.signal(number, handler)
     if early_stopping.stopping_reason is EarlyStoppingReason.NON_FINITE_METRIC:
@@ -515,12 +532,10 @@ def _last_good_checkpoint(run: Path, module: ForecasterModule) -> Path | None:
         for section, before in trained_with.items():
             now = module.hparams[section]
             if before != now:
-                keys = [key for key in now if before.get(key) != now[key]] if isinstance(now, dict) else []
-                what = (
-                    f"{section}.{keys[0]} {before.get(keys[0])}, this asks for {now[keys[0]]}"
-                    if keys
-                    else f"other {section}"
-                )
+                what = "other bars"
+                if isinstance(now, dict):
+                    key = next(key for key in now if before.get(key) != now[key])
+                    what = f"{section}.{key} {before.get(key)}, this asks for {now[key]}"
                 raise UserError(
                     f"{path} was trained with {what}; resume with {run / 'config.yaml'}, or choose another --run"
                 )
@@ -587,6 +602,12 @@ def _choose_precision(config: TrainerConfig, accelerator: str) -> Any:
     if config.precision != "auto":
         return config.precision
     return "bf16-mixed" if accelerator == "gpu" and torch.cuda.is_bf16_supported() else "32-true"
+
+
+def _hide_os_errors(args: threading.ExceptHookArgs) -> None:
+    """Let TensorBoard's writing thread fail in silence: what it met is raised again where the next value is logged."""
+    if not isinstance(args.exc_value, OSError):
+        threading.__excepthook__(args)
 
 
 def _write(path: Path, text: str) -> None:

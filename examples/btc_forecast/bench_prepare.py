@@ -1,0 +1,54 @@
+"""Measure `flashlab data prepare` beside a bare `pandas.read_csv` of the same file."""
+
+import resource
+import subprocess
+import sys
+import tempfile
+from json import dumps
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+
+import pandas as pd
+from jsonargparse import auto_cli
+
+from flashlab.btc.prepare import open_set
+
+
+def bench(src: Path, *, rounds: int = 5, json: Path | None = None) -> None:
+    """Print the time of both, the peak memory of the command and the bytes it stores.
+
+    Args:
+        src: CSV file.
+        rounds: how often both are timed, in turn; the medians count.
+        json: file to write the figures to.
+    """
+    seconds: dict[str, list[float]] = {"read_csv": [], "prepare": []}
+    with tempfile.TemporaryDirectory() as out:
+        command = [sys.executable, "-m", "flashlab", "data", "prepare", str(src), "--out", out]
+        subprocess.run(command, check=True)  # untimed; before this process is large, since a child's peak counts it
+        peak_memory_mib = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
+        for _ in range(rounds):
+            start = perf_counter()
+            pd.read_csv(src)
+            seconds["read_csv"].append(perf_counter() - start)
+            start = perf_counter()
+            subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+            seconds["prepare"].append(perf_counter() - start)
+        stored = sum(path.stat().st_size for path in Path(out).rglob("*") if path.is_file())
+        raw = open_set(out).manifest["cleaning"]["kept"] * 5 * 4  # open, high, low, close and volume as float32
+    times = {name: median(values) for name, values in seconds.items()}
+    figures = {
+        "read_csv_s": times["read_csv"],
+        "prepare_s": times["prepare"],
+        "time_ratio": times["prepare"] / times["read_csv"],
+        "peak_memory_mib": peak_memory_mib,
+        "stored_bytes_ratio": stored / raw,
+    }
+    print(*(f"{name:20} {value:8.3f}" for name, value in figures.items()), sep="\n")
+    if json:
+        json.write_text(dumps({"source": src.name, "rounds": rounds} | figures, indent=1))
+
+
+if __name__ == "__main__":
+    auto_cli(bench)

@@ -1,0 +1,283 @@
+import gc
+import re
+import shutil
+import threading
+import time
+from contextlib import contextmanager
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from flashlab.btc import prepare as prepare_module
+from flashlab.btc.bars import FEATURES
+from flashlab.btc.dataset import EndlessBatches, Windows, loader
+from flashlab.btc.prepare import open_set, prepare
+from flashlab.btc.windows import part_windows
+from flashlab.errors import UserError
+
+OPEN, HIGH, LOW, CLOSE, VOLUME = range(len(FEATURES))
+CONTEXT = 32
+
+
+@pytest.fixture(scope="module")
+def many_blocks(bars_csv, tmp_path_factory):
+    """The set of `prepared` in blocks of 100 bars, 7 blocks a chunk."""
+    out = tmp_path_factory.mktemp("many_blocks") / "set"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prepare_module, "BLOCK_BARS", 100)
+        patch.setattr(prepare_module, "CHUNK_BLOCKS", 7)
+        prepare([bars_csv], out=out, context_length=CONTEXT)
+    return out
+
+
+class S3Handler(SimpleHTTPRequestHandler):
+    """As much of S3's interface as reading takes: HEAD and GET of an object, or of a range of its bytes."""
+
+    protocol_version = "HTTP/1.1"
+    wbufsize = -1  # headers and content in one packet: else each answer waits 40 ms for an acknowledgement
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_GET(self) -> None:
+        try:
+            content = Path(self.translate_path(self.path)).read_bytes()
+        except OSError:
+            content, status = b"", 404
+        else:
+            status = 200
+        if status == 200 and (wanted := self.headers.get("Range")):
+            first, last = map(int, wanted.removeprefix("bytes=").split("-"))
+            content, status = content[first : last + 1], 206
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(content)
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+@contextmanager
+def serve_s3(folder):
+    """Serve the folders in `folder` as buckets."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(S3Handler, directory=str(folder)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.fixture(scope="module")
+def bucket(many_blocks):
+    """The URL by which litdata reads `many_blocks` from object storage."""
+    with serve_s3(many_blocks.parent.parent) as endpoint, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", endpoint)
+        patch.setenv("AWS_ACCESS_KEY_ID", "key")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        yield f"s3://{many_blocks.parent.name}/{many_blocks.name}"
+
+
+def same(one, other) -> bool:
+    """Compare bit for bit: NaN equals NaN."""
+    return [batch.numpy().tobytes() for batch in one] == [batch.numpy().tobytes() for batch in other]
+
+
+# --- the same windows from wherever they come
+
+
+def batches_of(path, num_workers=0, **how):
+    """Read a few epochs of mirrored training windows in shuffled batches."""
+    prepared = open_set(path)
+    starts = part_windows(prepared.manifest, "train", CONTEXT, stride=21)
+    windows = Windows(prepared, starts, CONTEXT, mirror=True, **how)
+    return list(loader(windows, EndlessBatches(len(windows), 24, 30, seed=5), num_workers=num_workers))
+
+
+@pytest.fixture(scope="module")
+def expected(many_blocks):
+    return batches_of(many_blocks)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("where", ["memory", "folder", "local:", "s3://"])
+def test_batches_are_the_same_from_everywhere(request, many_blocks, expected, where, num_workers):
+    path = {"local:": f"local:{many_blocks}"}.get(where, many_blocks)
+    if where == "s3://":
+        path = request.getfixturevalue("bucket")
+    assert same(batches_of(path, stream=where != "memory", num_workers=num_workers), expected)
+
+
+def test_windows_are_the_bars_of_their_rows(many_blocks, prepared):
+    bars = open_set(prepared).bars()
+    starts = np.array([0, 1, 67, 68, 99, 100, 168, 4320 - CONTEXT - 1])  # also those that end or begin at a block
+    windows = Windows(open_set(many_blocks), starts, CONTEXT, stream=True)
+    for start, window in zip(starts, next(iter(loader(windows))), strict=True):
+        np.testing.assert_array_equal(window, bars.values[start : start + CONTEXT + 1])
+    np.testing.assert_array_equal(windows[3], bars.values[68 : 68 + CONTEXT + 1])
+
+
+def test_a_window_may_span_several_blocks(many_blocks):
+    prepared = open_set(many_blocks)
+    starts = np.array([0, 50, 199])
+    batches = [list(loader(Windows(prepared, starts, 450, stream=stream))) for stream in (True, False)]
+    assert same(*batches)
+    assert batches[0][0].shape == (3, 451, 5)
+
+
+def test_a_remote_set_is_read_whole_into_memory(bucket, prepared):
+    bars = open_set(bucket).bars()
+    assert bars.values.tobytes() == open_set(prepared).bars().values.tobytes()
+
+
+def test_streaming_leaves_no_files_behind(many_blocks, tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    for path in (many_blocks, f"local:{many_blocks}"):
+        open_set(path).bars()
+        batches_of(path, stream=True, num_workers=2)
+    assert not list(tmp_path.glob("flashlab-*"))
+
+
+def test_what_is_not_in_the_bucket_is_one_line(bucket):
+    with pytest.raises(
+        UserError, match=r"^cannot fetch s3://.*/nothing/manifest.json: .*404.*; check the URL"
+    ) as caught:
+        open_set(f"{bucket}/nothing")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_url_of_no_known_kind_is_one_line():
+    with pytest.raises(
+        UserError, match=r"cannot fetch s4://bucket/set/manifest.json: expected a URL that litdata reads"
+    ):
+        open_set("s4://bucket/set")
+
+
+# --- damage
+
+
+def truncate(chunk: Path) -> None:
+    chunk.write_bytes(chunk.read_bytes()[:-5000])
+
+
+def flip_a_bit(chunk: Path) -> None:
+    content = bytearray(chunk.read_bytes())
+    content[len(content) // 2] ^= 1
+    chunk.write_bytes(content)
+
+
+def flip_an_offset(chunk: Path) -> None:
+    content = bytearray(chunk.read_bytes())
+    content[6] ^= 1
+    chunk.write_bytes(content)
+
+
+def remove_index(chunk: Path) -> None:
+    (chunk.parent / "index.json").unlink()
+
+
+def damage_index(chunk: Path) -> None:
+    (chunk.parent / "index.json").write_text("{")
+
+
+@pytest.mark.parametrize("damage", [truncate, flip_a_bit, flip_an_offset, Path.unlink, remove_index, damage_index])
+@pytest.mark.parametrize("how", ["memory", "stream", "stream with workers"])
+def test_damage_is_one_line_that_says_where(many_blocks, tmp_path, monkeypatch, damage, how):
+    monkeypatch.setattr("litdata.streaming.item_loader._MAX_WAIT_TIME", 0.1)  # 2 s else
+    shutil.copytree(many_blocks, tmp_path / "set")
+    prepared = open_set(tmp_path / "set")
+    damage(Path(prepared.chunks) / "chunk-0-2.bin")  # bars 1,400 to 2,100
+    starts = part_windows(prepared.manifest, "train", CONTEXT, stride=100)
+    with pytest.raises(UserError) as caught:
+        for _ in loader(
+            Windows(prepared, starts, CONTEXT, stream=how != "memory"), num_workers=2 * how.endswith("workers")
+        ):
+            pass
+    message = str(caught.value)
+    del caught
+    started = time.monotonic()
+    gc.collect()
+    assert time.monotonic() - started < 4  # no worker is left that must be killed after 5 s
+    bar = "0" if "index" in damage.__name__ and damage is not flip_an_offset else "(1,[4-9]00|2,000)"
+    assert "\n" not in message
+    assert message.startswith(f"{prepared.chunks} is damaged or out of reach at bar ")
+    assert message.endswith("prepare the set again")
+    assert re.search(rf"at bar {bar} \(", message)
+
+
+# --- order
+
+
+def steps(**options) -> list[list[int]]:
+    return list(EndlessBatches(**({"num_items": 50, "batch_size": 8, "num_steps": 40, "seed": 3} | options)))
+
+
+def test_every_epoch_is_another_permutation():
+    flat = [item for batch in steps(num_steps=25) for item in batch]
+    epochs = [flat[first : first + 50] for first in range(0, 200, 50)]
+    for epoch in epochs:
+        assert sorted(epoch) == list(range(50))
+    assert len({tuple(epoch) for epoch in epochs}) == 4
+
+
+def test_order_is_a_function_of_the_seed():
+    assert steps() == steps()
+    assert steps() != steps(seed=4)
+
+
+@pytest.mark.parametrize(("batch_size", "world_size"), [(4, 2), (2, 4), (1, 8), (30, 3)])
+def test_ranks_share_the_batch_that_one_rank_would_have(batch_size, world_size):
+    ranks = [steps(batch_size=batch_size, rank=rank, world_size=world_size) for rank in range(world_size)]
+    together = [[item for batch in batches for item in batch] for batches in zip(*ranks, strict=True)]
+    assert together == steps(batch_size=batch_size * world_size)
+
+
+@pytest.mark.parametrize("start_step", [0, 1, 6, 7, 39, 40])
+def test_resumed_order_goes_on_where_it_was(start_step):
+    rank = {"rank": 1, "world_size": 3}
+    assert steps(start_step=start_step, **rank) == steps(**rank)[start_step:]
+    assert len(EndlessBatches(50, 8, 40, seed=3, start_step=start_step)) == 40
+
+
+def test_a_batch_may_be_larger_than_an_epoch():
+    batch = steps(num_items=3, batch_size=8, num_steps=1)[0]
+    assert [sorted(batch[:3]), sorted(batch[3:6])] == [[0, 1, 2], [0, 1, 2]]
+
+
+# --- mirror
+
+
+def test_mirrored_windows_follow_the_plain_ones(prepared):
+    opened = open_set(prepared)
+    starts = part_windows(opened.manifest, "train", CONTEXT)
+    windows = Windows(opened, starts, CONTEXT, mirror=True)
+    assert len(windows) == 2 * len(starts)
+    mixed = windows.__getitems__([3, len(starts) + 3, 0])
+    plain, mirrored = mixed[0], mixed[1]
+    assert torch.equal(torch.nan_to_num(plain), torch.nan_to_num(Windows(opened, starts, CONTEXT)[3]))
+    for feature, of in ((OPEN, OPEN), (HIGH, LOW), (LOW, HIGH), (CLOSE, CLOSE)):
+        torch.testing.assert_close(mirrored[:, feature], 1 / plain[:, of])
+    assert same([mirrored[:, VOLUME]], [plain[:, VOLUME]])
+    assert (mirrored[:, HIGH] >= mirrored[:, LOW]).all()
+
+
+def test_mirroring_twice_gives_the_bars_back(prepared, monkeypatch):
+    opened = open_set(prepared)
+    filled = np.flatnonzero(~opened.bars().observed)
+    starts = filled[:5] - 3  # windows with filled minutes
+    windows = Windows(opened, starts, CONTEXT, mirror=True)
+    once = windows.__getitems__(list(range(5, 10)))
+    monkeypatch.setattr(windows, "_read", lambda starts, length: once.clone())
+    twice = windows.__getitems__(list(range(5, 10)))
+    plain = Windows(opened, starts, CONTEXT).__getitems__(list(range(5)))
+    torch.testing.assert_close(twice, plain, rtol=1e-6, atol=0, equal_nan=True)
+    assert plain[:, 3, VOLUME].isnan().all()
+    assert torch.equal(once[..., VOLUME].isnan(), plain[..., VOLUME].isnan())
