@@ -1,8 +1,6 @@
-"""Measure `flashlab data prepare` beside a bare `pandas.read_csv` of the same file."""
+"""Measure the preparing of a CSV beside a bare `pandas.read_csv` of it, in one process and in turn."""
 
 import resource
-import subprocess
-import sys
 import tempfile
 from json import dumps
 from pathlib import Path
@@ -12,29 +10,29 @@ from time import perf_counter
 import pandas as pd
 from jsonargparse import auto_cli
 
-from flashlab.btc.prepare import open_set
+from flashlab.btc.prepare import open_set, prepare
 
 
 def bench(src: Path, *, rounds: int = 5, json: Path | None = None) -> None:
-    """Print the time of both, the peak memory of the command and the bytes it stores.
+    """Print the time of both, the peak memory of preparing and the bytes that it stores.
 
     Args:
         src: CSV file.
-        rounds: how often both are timed, in turn; the medians count.
+        rounds: how often both are timed; the medians count.
         json: file to write the figures to.
     """
     seconds: dict[str, list[float]] = {"read_csv": [], "prepare": []}
     with tempfile.TemporaryDirectory() as out:
-        command = [sys.executable, "-m", "flashlab", "data", "prepare", str(src), "--out", out]
-        subprocess.run(command, check=True)  # untimed; before this process is large, since a child's peak counts it
-        peak_memory_mib = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
+        prepare([src], out=Path(out))  # imports what it needs, untimed
+        peak_memory_mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         for _ in range(rounds):
-            start = perf_counter()
-            pd.read_csv(src)
-            seconds["read_csv"].append(perf_counter() - start)
-            start = perf_counter()
-            subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-            seconds["prepare"].append(perf_counter() - start)
+            for name, call in (
+                ("read_csv", lambda: pd.read_csv(src)),
+                ("prepare", lambda: prepare([src], out=Path(out))),
+            ):
+                start = perf_counter()
+                call()
+                seconds[name].append(perf_counter() - start)
         stored = sum(path.stat().st_size for path in Path(out).rglob("*") if path.is_file())
         raw = open_set(out).manifest["cleaning"]["kept"] * 5 * 4  # open, high, low, close and volume as float32
     times = {name: median(values) for name, values in seconds.items()}

@@ -1,4 +1,6 @@
+import errno
 import json
+import os
 import resource
 import shutil
 from pathlib import Path
@@ -195,15 +197,22 @@ def test_another_set_must_fit_and_be_whole(run, prepared, bars_csv, shorter, com
     assert not (run / "metrics.json").exists()
 
 
-def test_a_full_disk_leaves_the_metrics_before(run, capsys):
+def test_a_full_disk_leaves_the_metrics_before(run, monkeypatch, capsys):
+    def write_half(path, text):
+        path.write_bytes(text.encode()[: len(text) // 2])
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
     evaluate(run)
     before = {path: path.read_bytes() for path in run.iterdir() if path.is_file()}
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     capsys.readouterr()
-    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, limits[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, limits[1]))  # too little for the forecasts
     try:
         assert main(["evaluate", str(run)]) == 2
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert f"cannot write {run}: File too large" in capsys.readouterr().err
+    monkeypatch.setattr(Path, "write_text", write_half)
+    assert main(["evaluate", str(run)]) == 2
+    assert f"cannot write {run}: No space left on device" in capsys.readouterr().err
     assert {path: path.read_bytes() for path in run.iterdir() if path.is_file()} == before

@@ -86,6 +86,19 @@ def test_another_currency_shifts_the_forecast_and_nothing_else():
     torch.testing.assert_close(shifted[..., VOLUME], torch.zeros_like(shifted[..., VOLUME]), rtol=0, atol=2e-3)
 
 
+def test_moves_are_from_the_close_before_in_units_of_the_recent_range():
+    """Of pandas' making, a window at a time."""
+    bars = market()
+    inputs, past = RelativeFrame(MEAN, STD).encode(bars)
+    for window in range(len(bars)):
+        prices = np.log(pd.DataFrame(bars[window, :, PRICES].double().numpy()))
+        moves = prices.sub(prices[CLOSE].shift(1).fillna(prices[OPEN][0]), axis=0)
+        unit = (moves[HIGH].clip(lower=0) - moves[LOW].clip(upper=0)).ewm(halflife=HALF_LIVES[-1]).mean()
+        np.testing.assert_allclose(inputs[window, :, PRICES], np.arcsinh(moves.div(unit, axis=0)), atol=5e-3)
+        np.testing.assert_allclose(past.unit[window], unit, rtol=2e-3)
+        np.testing.assert_array_equal(inputs[window, :, 5] == 0, bars[window, :, VOLUME].isnan())  # is it filled?
+
+
 def test_the_mirrored_market_has_opposite_moves_and_the_same_volume():
     bars = market()
     mirrored = torch.cat([1 / bars[..., [OPEN, LOW, HIGH, CLOSE]], bars[..., VOLUME:]], dim=-1)

@@ -290,7 +290,6 @@ def _store(bars: Bars, manifest: dict[str, Any], out: Path) -> None:
     """Write the chunks, then commit them by replacing the manifest."""
     chunks = f"bars-{uuid.uuid4().hex}"
     partial = out / f".{MANIFEST}"
-    committed = False
     try:
         with writing(out):
             (out / chunks).mkdir()
@@ -298,48 +297,29 @@ def _store(bars: Bars, manifest: dict[str, Any], out: Path) -> None:
             manifest |= {"chunks": chunks, "block_bars": BLOCK_BARS, "block_crc32": checksums}
             partial.write_text(json.dumps(manifest | {"crc32": _checksum(manifest)}, indent=1))
             partial.replace(out / MANIFEST)
-            committed = True
     finally:
         partial.unlink(missing_ok=True)
-        for folder in out.glob(f"bars-{'[0-9a-f]' * 32}"):  # this run's when it failed, else those of runs before it
-            if (folder.name == chunks) != committed:
+        committed = (out / MANIFEST).read_bytes() if (out / MANIFEST).exists() else b""
+        for folder in out.glob(f"bars-{'[0-9a-f]' * 32}"):  # the set before, or what a run that failed has written
+            if folder.name.encode() not in committed:
                 shutil.rmtree(folder, ignore_errors=True)
 
 
 def _write_chunks(bars: Bars, folder: Path) -> list[int]:
-    """Write the bars in litdata's format, one item of bytes a block, and return each block's CRC-32.
+    """Write the bars through litdata, one item of bytes a block, and return each block's CRC-32."""
+    from litdata.streaming import Cache  # slow to import, and most commands need it not
 
-    By hand, since litdata's own writer imports torch, which takes longer than all the rest of a prepare. A chunk is its
-    number of items, the offset of each and of the end, and the items; an item is the length of its bytes and the bytes.
-    """
-    checksums: list[int] = []
-    chunks: list[dict[str, Any]] = []
     stored = bars.observed
     stored[::BLOCK_BARS] = stored[BLOCK_BARS - 1 :: BLOCK_BARS] = stored[-1] = True  # a block is filled from within
-    blocks = [slice(start, start + BLOCK_BARS) for start in range(0, len(bars), BLOCK_BARS)]
-    for first in range(0, len(blocks), CHUNK_BLOCKS):
-        items = []
-        for block in blocks[first : first + CHUNK_BLOCKS]:
-            items.append(bars.minute[block][stored[block]].tobytes() + bars.values[block][stored[block]].tobytes())
-        offsets = np.cumsum([4 * (len(items) + 2), *(4 + len(item) for item in items)])
-        chunk = folder / f"chunk-0-{len(chunks)}.bin"
-        with chunk.open("wb") as file:
-            file.write(np.array([len(items), *offsets], np.uint32).tobytes())
-            for item in items:
-                file.write(np.uint32(len(item)).tobytes())
-                file.write(item)
-        chunks.append({"chunk_bytes": int(offsets[-1]), "chunk_size": len(items), "dim": None, "filename": chunk.name})
-        checksums += map(zlib.crc32, items)
-    config = {
-        "chunk_bytes": None,
-        "chunk_size": CHUNK_BLOCKS,
-        "compression": None,
-        "data_format": ["bytes"],
-        "data_spec": json.dumps([1, {"type": None, "context": None, "children_spec": []}]),  # a single leaf
-        "encryption": None,
-        "item_loader": "PyTreeLoader",
-    }
-    (folder / "index.json").write_text(json.dumps({"chunks": chunks, "config": config}))
+    cache = Cache(str(folder), chunk_size=CHUNK_BLOCKS)
+    checksums = []
+    for index, start in enumerate(range(0, len(bars), BLOCK_BARS)):
+        block = slice(start, start + BLOCK_BARS)
+        item = bars.minute[block][stored[block]].tobytes() + bars.values[block][stored[block]].tobytes()
+        cache[index] = item
+        checksums.append(zlib.crc32(item))
+    cache.done()
+    cache.merge()
     return checksums
 
 
