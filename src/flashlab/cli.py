@@ -7,6 +7,7 @@ of them from YAML. The table below names the functions; a module is imported onl
 
 import difflib
 import inspect
+import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -96,7 +97,8 @@ def _positionals(command: Callable[..., Any]) -> dict[str, inspect.Parameter]:
 
 
 def _complete_flags(command: Callable[..., Any], argv: list[str]) -> list[str]:
-    """Let `--resume` stand for `--resume true`."""
+    """Let `--resume` stand for `--resume true`, and `--max-gap` for `--max_gap`."""
+    argv = [re.sub(r"^--[^=]+", lambda option: "--" + option[0][2:].replace("-", "_"), word) for word in argv]
     flags = {
         f"--{name}" for name, parameter in inspect.signature(command).parameters.items() if parameter.annotation is bool
     }

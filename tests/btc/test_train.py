@@ -16,9 +16,9 @@ import torch
 import yaml
 
 from flashlab.attention.backends import BACKENDS
+from flashlab.btc.module import ForecasterModule, load_forecaster
 from flashlab.btc.prepare import open_set, prepare
 from flashlab.btc.report import read_curves
-from flashlab.btc.train import ForecasterModule, load_forecaster
 from flashlab.cli import main
 
 # Small, and with all that a checkpoint has to carry: the rate is lowered and early stopping counts within 22 steps.

@@ -1,0 +1,149 @@
+"""What happens beside the training steps: checkpoints, signals to stop, averaged weights, the progress bar."""
+
+import io
+import os
+import signal
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, TQDMProgressBar, WeightAveraging
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+from torch import Tensor
+
+from flashlab.errors import UserError, writing
+
+BEST, LAST, PREVIOUS = "best.ckpt", "last.ckpt", "previous.ckpt"
+
+
+class AverageWeights(WeightAveraging):
+    """Keep an exponential moving average of the weights, which is validated, checkpointed and evaluated."""
+
+    def __init__(self, decay: float) -> None:
+        def average(averaged: list[Tensor], current: list[Tensor], num_averaged: Tensor | int) -> None:
+            n = int(num_averaged)  # early on the average is over fewer steps: the first weights are soon forgotten
+            torch._foreach_lerp_(averaged, current, 1 - min(decay, (1 + n) / (10 + n)))
+
+        super().__init__(use_buffers=False, multi_avg_fn=average)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Leave the model as it is: checkpoints hold the average."""
+
+
+class Progress(TQDMProgressBar):
+    """One bar for the whole run, over all the times that it is resumed."""
+
+    def on_train_start(self, trainer: Trainer, *args: Any) -> None:
+        super().on_train_start(trainer, *args)
+        self.train_progress_bar.total = trainer.max_steps
+        self.train_progress_bar.initial = trainer.global_step
+        self.train_progress_bar.set_description("train")
+
+    def on_train_epoch_start(self, *args: Any) -> None:
+        """Leave the bar as it is: the one epoch is the run."""
+
+    def on_exception(self, *args: Any) -> None:
+        """Give what is printed next a line of its own."""
+        if self._train_progress_bar is not None:
+            self._train_progress_bar.close()
+
+
+class Stopped(Exception):  # noqa: N818 - not an error
+    """A signal asked training to stop, and the checkpoint is written."""
+
+
+class Checkpoints(Callback):
+    """Write last.ckpt every N steps, at the end, and when SIGTERM or SIGINT asks to stop.
+
+    Never at a step that is followed by a validation: a run resumed there would leave the validation out, and with it
+    what depends on its loss. Never with weights that are not finite.
+    """
+
+    def __init__(self, run: Path, every_n_steps: int, resumed_from: Path | None) -> None:
+        self.run, self.every_n_steps = run, every_n_steps
+        self.signal: int | None = None
+        self._saved_at = 0
+        self._last_is_good = resumed_from is None or resumed_from.name == LAST
+
+    def listen(self) -> dict[int, Any]:
+        """Wait for a signal to stop; returns the handlers so far."""
+        return {number: signal.signal(number, self._request_stop) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def _request_stop(self, signum: int, frame: FrameType | None) -> None:
+        self.signal = signum
+        signal.signal(signum, signal.SIG_DFL)  # asked twice: do not wait for the step to end
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._saved_at = trainer.global_step
+        self.listen()  # once more: Lightning's own handler would end the run without a checkpoint
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        step = trainer.global_step
+        validates = step % trainer.val_check_interval == 0
+        stop = trainer.strategy.reduce_boolean_decision(self.signal is not None, all=False)  # the ranks stop together
+        save = (stop or step - self._saved_at >= self.every_n_steps) and not validates and step < trainer.max_steps
+        if save or validates or step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+            self._require_finite(trainer, pl_module)
+        if save:
+            self._save(trainer)
+            if stop:
+                raise Stopped
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._require_finite(trainer, pl_module)
+        self._save(trainer)
+
+    def _require_finite(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not torch.nn.utils.get_total_norm([parameter.detach() for parameter in pl_module.parameters()]).isfinite():
+            raise UserError(
+                f"{self.run}: the weights are not finite at step {trainer.global_step:,}; start another --run with a "
+                "lower --optimizer.lr"
+            )
+
+    def _save(self, trainer: Trainer) -> None:
+        last = self.run / "checkpoints" / LAST
+        if last.exists() and self._last_is_good and trainer.is_global_zero:
+            last.replace(last.with_name(PREVIOUS))  # should the disk lose the new one
+        trainer.save_checkpoint(last)
+        self._last_is_good = True
+        self._saved_at = trainer.global_step
+
+
+class BestCheckpoint(ModelCheckpoint):
+    """Write best.ckpt whenever the validation loss is the lowest so far, wherever the run's folder is by now."""
+
+    def __init__(self, run: Path) -> None:
+        super().__init__(run / "checkpoints", Path(BEST).stem, monitor="val/loss", enable_version_counter=False)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the best loss over; Lightning forgets it when the folder has another path than it had."""
+        if state_dict["best_model_path"]:
+            here = self.format_checkpoint_name({})
+            state_dict = state_dict | {
+                "best_model_path": here,
+                "kth_best_model_path": here,
+                "best_k_models": {here: state_dict["best_model_score"]},
+            }
+        super().load_state_dict(state_dict | {"dirpath": self.dirpath})
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Write a checkpoint beside its place and move it there, so that a kill or a full disk leaves the previous one."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        path = Path(path)
+        partial = path.with_name(f".{path.name}.partial")
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            serialised = io.BytesIO()  # torch.save on a full disk does not say that the disk is full
+            torch.save(checkpoint, serialised)
+            try:
+                with partial.open("wb") as file:
+                    file.write(serialised.getbuffer())
+                    file.flush()
+                    os.fsync(file.fileno())
+                partial.replace(path)
+            finally:
+                partial.unlink(missing_ok=True)
