@@ -7,10 +7,13 @@ A block names its renderer and its files in assets/results; `flashlab results` w
 """
 
 import difflib
+import json
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from flashlab.btc.metrics import COMPARISONS, TITLES, comparisons, load_metrics, number, time_range
 from flashlab.errors import UserError, writing
@@ -87,15 +90,36 @@ def btc(*paths: Path) -> str:
     parts = []
     for path in paths:
         metrics = load_metrics(path)
-        r2 = ", ".join(
-            f"{TITLES.get(name, name)} {number(scores['average']['r2'], '.4f')}"
-            for name, scores in metrics["scores"].items()
+
+        def r2(feature: str, scores: dict[str, Any] = metrics["scores"]) -> str:
+            of = (f"{TITLES.get(name, name)} {number(score[feature]['r2'], '.4f')}" for name, score in scores.items())
+            return f"{feature} R2: {', '.join(of)}"
+
+        parts.append(
+            f"**{path.stem}**: {metrics['rows']:,} bars, {time_range(metrics)}; {r2('average')}; {r2('volume')}.\n\n"
         )
-        parts.append(f"**{path.stem}**: {metrics['rows']:,} bars, {time_range(metrics)}. Average R2: {r2}.\n\n")
         rows = [COMPARISONS, ("---", "---:", "---", "---:", "---:"), *comparisons(metrics)]
         parts.append("".join(f"| {' | '.join(row)} |\n" for row in rows) + "\n")
     return "\n" + "".join(parts)
 
 
+def prepare(path: Path) -> str:
+    """Say what preparing a CSV costs, from the figures of examples/btc_forecast/bench_prepare.py."""
+    figures = json.loads(path.read_text())
+    return (
+        f"Preparing takes {figures['time_ratio']:.1f} times as long as a bare `pandas.read_csv` of the file (medians of "
+        f"{figures['rounds']}, imports left out), {figures['peak_memory_mib']:.0f} MiB of memory at most, and stores "
+        f"{figures['stored_bytes_ratio']:.2f} times the reported bars' float32 bytes.\n"
+    )
+
+
+def interruptions(path: Path) -> str:
+    """Count the runs that were killed and resumed, from what tests/btc/test_interruptions.py writes."""
+    rows = json.loads(path.read_text())["rows"]
+    alike = sum(row["status"] == "ok" for row in rows)
+    places = ", ".join(f"{count} in {place}" for place, count in Counter(row["fell_in"] for row in rows).most_common())
+    return f"Killed: {len(rows)} runs ({places}). Resumed, and equal to an uninterrupted run bit for bit: {alike}.\n"
+
+
 # name of a renderer -> function of the files its block names
-RENDERERS: dict[str, Callable[..., str]] = {"btc": btc}
+RENDERERS: dict[str, Callable[..., str]] = {"btc": btc, "prepare": prepare, "interruptions": interruptions}

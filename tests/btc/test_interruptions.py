@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from flashlab.btc.prepare import open_set
-from flashlab.machine import examine
+from flashlab.machine import identify
 
 KILLED_IN = ["prepare"] * 2 + ["storing the set"] * 3 + ["training"] * 8 + ["writing a checkpoint"] * 7
 STEPS = 120
@@ -153,7 +153,7 @@ def test_twenty_killed_runs_end_like_one_that_was_not(bars_csv, tmp_path):
     places = ", ".join(f"{count} in {place}" for place, count in fell.most_common())
     print(f"\n{fell.total()} kills ({places}): {equal} of {len(rows)} runs ended bit for bit alike, in {seconds:.0f} s")
     if folder := os.environ.get("FLASHLAB_RESULTS"):
-        result = {"schema_version": 1, "what": __doc__, "steps": STEPS, "machine": examine(tmp_path), "rows": rows}
+        result = {"schema_version": 1, "what": __doc__, "steps": STEPS, "machine": identify(), "rows": rows}
         (Path(folder) / "interruptions.json").write_text(json.dumps(result, indent=1))
     assert equal == len(rows), rows
     assert {place.split(":")[0] for place in fell} == {"prepare", "training", "checkpoint"}
