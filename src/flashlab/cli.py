@@ -11,11 +11,12 @@ import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import is_dataclass
 from importlib import import_module
 from typing import Any, NoReturn, get_args, get_origin
 
 import docstring_parser
-from jsonargparse import ActionConfigFile, ArgumentParser
+from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
 
 from flashlab import __version__
 from flashlab.errors import UserError
@@ -54,6 +55,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         command = load(name)
         options = build_parser(name, command)
         parsed = options.parse_args(_complete_flags(command, argv[len(name.split()) :]))
+        for key, parameter in inspect.signature(command).parameters.items():
+            if is_dataclass(parameter.annotation) and not isinstance(parsed[key], Namespace):
+                raise UserError(f"--config: {key} must be a section with keys of its own, not {parsed[key]!r}")
         arguments = options.instantiate(parsed).as_dict()
         return command(**{key: arguments[key] for key in inspect.signature(command).parameters}) or 0
     except UserError as error:

@@ -1,8 +1,18 @@
 """Mistakes that are the user's to fix."""
 
+import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+REMEDIES = {
+    errno.ENOSPC: "free space there, or choose another folder",
+    errno.EDQUOT: "free space there, or choose another folder",
+    errno.EACCES: "permit writing there, or choose another folder",
+    errno.EPERM: "permit writing there, or choose another folder",
+    errno.EEXIST: "a file stands where a folder should be: choose another",
+    errno.ENOTDIR: "a file stands where a folder should be: choose another",
+}
 
 
 class UserError(Exception):
@@ -25,6 +35,5 @@ def writing(path: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno is None:  # not the system's: EOFError's kin, a library's own
             raise
-        raise UserError(
-            f"cannot write {path}: {error.strerror}; free space or permit writing there, or choose another folder"
-        ) from error
+        remedy = REMEDIES.get(error.errno, "choose another folder")
+        raise UserError(f"cannot write {path}: {error.strerror}; {remedy}") from error

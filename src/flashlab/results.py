@@ -108,8 +108,8 @@ def prepare(path: Path) -> str:
     figures = json.loads(path.read_text())
     return (
         f"Preparing takes {figures['time_ratio']:.1f} times as long as a bare `pandas.read_csv` of the file (medians "
-        f"of {figures['rounds']}, imports left out), {figures['peak_memory_mib']:.0f} MiB of memory at most, and stores "
-        f"{figures['stored_bytes_ratio']:.2f} times the reported bars' float32 bytes.\n"
+        f"of {figures['rounds']}, imports left out), {figures['peak_memory_mib']:.0f} MiB of memory at most, and "
+        f"stores {figures['stored_bytes_ratio']:.2f} times the reported bars' float32 bytes.\n"
     )
 
 

@@ -147,8 +147,8 @@ def test_the_published_protocol_is_scored_on_its_windows(tmp_path):
 @pytest.mark.parametrize(
     ("spoil", "options", "complaint"),
     [
-        (lambda run: shutil.rmtree(run / "checkpoints"), [], "best.ckpt does not exist; train first"),
-        (lambda run: None, ["--checkpoint", "other.ckpt"], "other.ckpt does not exist; train first"),
+        (lambda run: shutil.rmtree(run / "checkpoints"), [], "best.ckpt does not exist: no validation"),
+        (lambda run: None, ["--checkpoint", "other.ckpt"], "other.ckpt does not exist: no validation"),
         (lambda run: (run / "checkpoints" / "best.ckpt").write_bytes(b"PK"), [], "best.ckpt cannot be loaded"),
         (lambda run: (run / "checkpoints" / "best.ckpt").write_bytes(b""), [], "best.ckpt cannot be loaded"),
         (lambda run: (run / "config.yaml").unlink(), [], "is not a run"),

@@ -135,7 +135,7 @@ def _write(run: Path, metrics: dict[str, Any], arrays: dict[str, np.ndarray]) ->
 
 
 def _read_config(run: Path) -> dict[str, Any]:
-    path, remedy = run / "config.yaml", f"make one with `flashlab train --run {run}`"
+    path, remedy = run / "config.yaml", "name a run, such as runs/simulated; `flashlab train` makes them"
     try:
         config = yaml.safe_load(path.read_text())
         config["data"]["path"], config["data"]["context_length"]

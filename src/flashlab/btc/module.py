@@ -169,7 +169,9 @@ def load_forecaster(path: Path) -> ForecasterModule:
     try:
         return ForecasterModule.load_from_checkpoint(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise UserError(f"{path} does not exist; train first, with `flashlab train`") from None
+        raise UserError(
+            f"{path} does not exist: no validation was reached there; go on with `flashlab train ... --resume`"
+        ) from None
     except Exception as error:  # a damaged file fails in as many ways as there are bytes
         raise UserError(
             f"{path} cannot be loaded ({one_line(error)}); take another checkpoint or train again"

@@ -124,8 +124,10 @@ def train(
             raise UserError(f"{run} holds a run already; add --resume to continue it, or choose another --run")
         before = read_record(run)
         if (finished := before.get("finished")) is not None:
-            if before["trained_on"] != _fingerprint(prepared):
+            if before.get("trained_on") != _fingerprint(prepared):
                 raise UserError(f"{run} was trained on other bars than {data.path} holds; choose another --run")
+            if before.get("shape") != [config["model"], config["optimizer"]]:
+                raise UserError(f"{run} was trained with other model or optimizer options; choose another --run")
             print(f"{run} is trained already ({finished['steps']:,} steps); choose another --run to train anew")
             return 0
     accelerator = _choose_accelerator(trainer)
@@ -157,6 +159,7 @@ def train(
         "parameters": sum(parameter.numel() for parameter in module.parameters()),
         "attention_backend": backend,
         "trained_on": _fingerprint(prepared),
+        "shape": [config["model"], config["optimizer"]],
     }
     if is_first:
         with writing(run):
@@ -246,7 +249,7 @@ def _last_good_checkpoint(run: Path, module: ForecasterModule) -> Path | None:
             checkpoint["state_dict"], checkpoint["loops"], checkpoint["optimizer_states"]
         except FileNotFoundError:
             continue
-        except Exception as error:  # as above
+        except Exception as error:  # a damaged file fails in as many ways as there are bytes
             damaged.append(f"{path} is damaged ({one_line(error)})")
             continue
         for section, before in trained_with.items():
