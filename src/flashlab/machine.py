@@ -4,6 +4,7 @@ import getpass
 import importlib.util
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -71,6 +72,27 @@ def identify() -> Facts:
     facts = examine(Path())
     kept = ("flashlab", "packages", "torch", "driver", "flash_attn", "cpu", "memory", "will_use")
     return {name: facts[name] for name in kept if name in facts} | {"python": platform.python_version()}
+
+
+def provenance(kind: str) -> Facts:
+    """Say what a result file is and where it comes from; every result file begins with this."""
+    return {
+        "schema": 1,
+        "kind": kind,
+        "command": shlex.join(["flashlab", *sys.argv[1:]]),
+        "git_commit": git_commit(),
+        "image": os.environ.get("FLASHLAB_IMAGE"),
+        "machine": identify(),
+    }
+
+
+def git_commit() -> str | None:
+    """Return the commit of a checkout; an installed package has none."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def _one_line(error: BaseException) -> str:

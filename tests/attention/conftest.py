@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from flashlab.attention import AttentionSpec
-from flashlab.attention.backends import BACKENDS
+from flashlab.attention.backends import why_not
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -27,7 +27,7 @@ def skip_unless_runs(device, make_spec):
     """Skip, with the backend's own reason, what it refuses on this device."""
 
     def skip(backend, **changes):
-        if (reason := BACKENDS[backend].why_not(make_spec(device=device, **changes))) is not None:
+        if (reason := why_not(backend, make_spec(device=device, **changes))) is not None:
             pytest.skip(f"{backend} on {device}: {reason}")
 
     return skip

@@ -35,22 +35,22 @@ def flash_attn_package(tmp_path, monkeypatch):
     ],
 )
 def test_refuses_with_a_reason(changes, reason, make_spec):
-    assert flash.why_not(make_spec(**{"device": torch.device("cuda")} | changes)) == reason
+    assert flash.why_not(2, make_spec(**{"device": torch.device("cuda")} | changes)) == reason
 
 
 def test_flash_attention_4_alone_is_not_flash_attention_2(flash_attn_package, make_spec):
     flash_attn_package(cute="")
-    assert "flash-attn 2 is not installed" in flash.why_not(make_spec(device=torch.device("cuda")))
+    assert "flash-attn 2 is not installed" in flash.why_not(2, make_spec(device=torch.device("cuda")))
 
 
 def test_an_abi_mismatch_is_named(flash_attn_package, make_spec):
     flash_attn_package(flash_attn_interface="raise ImportError('undefined symbol: _ZN3c105Error')")
-    reason = flash.why_not(make_spec(device=torch.device("cuda")))
+    reason = flash.why_not(2, make_spec(device=torch.device("cuda")))
     assert f"does not load with torch {torch.__version__}: undefined symbol: _ZN3c105Error" in reason
     assert "flashlab doctor" in reason
 
 
 def test_a_missing_extension_is_named(flash_attn_package, make_spec):
     flash_attn_package(flash_attn_interface="import flash_attn_2_cuda_missing")
-    reason = flash.why_not(make_spec(device=torch.device("cuda")))
+    reason = flash.why_not(2, make_spec(device=torch.device("cuda")))
     assert "flash-attn 2 lacks its module flash_attn_2_cuda_missing" in reason

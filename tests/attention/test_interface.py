@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from flashlab.attention import BackendUnavailable, attention, interface, resolve
-from flashlab.attention.backends import BACKENDS, Backend
+from flashlab.attention.backends import BACKENDS, Backend, why_not
 from flashlab.errors import UserError
 
 
@@ -68,9 +68,9 @@ def test_auto_takes_the_first_that_runs_and_says_so_once(monkeypatch, make_spec,
     with caplog.at_level(logging.INFO, logger="flashlab.attention"):
         for seqlen in (16, 32):
             assert resolve("auto", make_spec(device=torch.device("cuda"), seqlen_q=seqlen)) == "sdpa_flash"
-    assert [record.getMessage() for record in caplog.records] == [
-        "attention backend: auto chose sdpa_flash on cuda; not flash_attention_2: not installed"
-    ]
+    [said] = [record.getMessage() for record in caplog.records]
+    assert said.startswith("attention backend: auto chose sdpa_flash on cuda (")
+    assert "; not flash_attention_2: not installed" in said
 
 
 def test_auto_on_the_cpu_is_a_flash_kernel(make_spec):
@@ -109,7 +109,7 @@ def test_compiles_into_one_graph_also_when_lengths_change(backend, device, make_
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     for seqlen_q, seqlen_k in ((16, 16), (24, 24), (40, 24), (5, 24)):
         spec = make_spec(device=device, seqlen_q=seqlen_q, seqlen_k=seqlen_k, causal=True, needs_grad=True)
-        if backend != "auto" and BACKENDS[backend].why_not(spec) is not None:
+        if backend != "auto" and why_not(backend, spec) is not None:
             continue
         q = torch.randn(2, seqlen_q, 4, 32, device=device, dtype=torch.bfloat16, requires_grad=True)
         k, v = (torch.randn(2, seqlen_k, 4, 32, device=device, dtype=torch.bfloat16) for _ in range(2))

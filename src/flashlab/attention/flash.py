@@ -1,34 +1,104 @@
-"""flash-attn 2: Tri Dao's CUDA kernels, from the package flash-attn."""
+"""flash-attn 2, 3 and 4: Tri Dao's kernels, whose packages share one set of names."""
 
 from functools import cache
 from importlib import import_module
+from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from flashlab.attention.spec import AttentionSpec
+from flashlab.attention.spec import AttentionSpec, Cache, Options, Packing
 
-# flash-attn 4 installs into the same package `flash_attn`; only this module proves flash-attn 2.
-MODULE = "flash_attn.flash_attn_interface"
+# flash-attn 4 installs into the same package `flash_attn` as flash-attn 2: only these modules prove a version.
+MODULES = {2: "flash_attn.flash_attn_interface", 3: "flash_attn_interface", 4: "flash_attn.cute.interface"}
+DISTRIBUTIONS = {2: "flash_attn", 3: "flash_attn_interface", 4: "flash_attn"}
+# compute capability -> what runs there: version 3 is made for Hopper alone
+LOWEST_CAPABILITY = {2: (8, 0), 3: (9, 0), 4: (9, 0)}
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, softmax_scale: float) -> Tensor:
-    """Run flash-attn 2; its causal mask aligns bottom-right.
+def attention(version: int, q: Tensor, k: Tensor, v: Tensor, options: Options) -> Tensor:
+    """Run flash-attn on sequences of one length.
 
     Args:
+        version: 2, 3 or 4.
         q: ``[B, Sq, H, D]``.
         k: ``[B, Sk, Hkv, D]``.
         v: ``[B, Sk, Hkv, D]``.
-        causal: Let query i see the keys up to i + Sk - Sq.
-        softmax_scale: Factor on the scores.
+        options: How scores become weights.
     """
-    from flash_attn.flash_attn_interface import flash_attn_func
-
-    return flash_attn_func(q, k, v, softmax_scale=softmax_scale, causal=causal)
+    return _out(_module(version).flash_attn_func(q, k, v, **_keywords(version, options)))
 
 
-def why_not(spec: AttentionSpec) -> str | None:
-    """Say why flash-attn 2 cannot run a call."""
+def attention_packed(version: int, q: Tensor, k: Tensor, v: Tensor, packing: Packing, options: Options) -> Tensor:
+    """Run flash-attn on sequences of several lengths in a row.
+
+    Args:
+        version: 2, 3 or 4.
+        q: ``[Tq, H, D]``.
+        k: ``[Tk, Hkv, D]``.
+        v: ``[Tk, Hkv, D]``.
+        packing: Where the sequences begin and end.
+        options: How scores become weights.
+    """
+    return _out(_module(version).flash_attn_varlen_func(q, k, v, **packing._asdict(), **_keywords(version, options)))
+
+
+def attention_with_kvcache(
+    version: int, q: Tensor, k_cache: Tensor, v_cache: Tensor, cache: Cache, options: Options
+) -> Tensor:
+    """Append to a key-value cache and attend to its filled places.
+
+    Args:
+        version: 2, 3 or 4.
+        q: ``[B, Sq, H, D]``.
+        k_cache: ``[B, Smax, Hkv, D]``, changed in place.
+        v_cache: ``[B, Smax, Hkv, D]``, changed in place.
+        cache: What to append, and where.
+        options: How scores become weights, with Sk the number of filled places.
+    """
+    keywords = _keywords(version, options._replace(deterministic=False))
+    if version == 4:  # it has no call that appends
+        filled = cache.append(k_cache, v_cache)
+        return _out(_module(4).flash_attn_varlen_func(q, k_cache, v_cache, seqused_k=filled, **keywords))
+    del keywords["deterministic"]
+    run = _module(version).flash_attn_with_kvcache
+    return _out(run(q, k_cache, v_cache, k=cache.k, v=cache.v, cache_seqlens=cache.seqlens, **keywords))
+
+
+def _module(version: int) -> ModuleType:
+    """Import by statement, which torch.compile follows."""
+    if version == 2:
+        from flash_attn import flash_attn_interface as module
+    elif version == 3:
+        import flash_attn_interface as module
+    else:
+        from flash_attn.cute import interface as module
+    return module
+
+
+def _keywords(version: int, options: Options) -> dict[str, Any]:
+    keywords = {
+        "softmax_scale": options.softmax_scale,
+        "causal": options.causal,
+        "window_size": options.window_size,
+        "softcap": options.softcap,
+        "deterministic": options.deterministic,
+    }
+    if version == 2:
+        keywords["alibi_slopes"] = options.alibi_slopes
+    elif version == 4:
+        keywords["window_size"] = tuple(None if size < 0 else size for size in options.window_size)
+    return keywords
+
+
+def _out(returned: Any) -> Tensor:
+    """Drop the log-sum-exp that some versions return beside the output."""
+    return returned[0] if isinstance(returned, tuple) else returned
+
+
+def why_not(version: int, spec: AttentionSpec) -> str | None:
+    """Say why one version of flash-attn cannot run a call."""
     if spec.device.type != "cuda":
         return f"it needs a CUDA device; the inputs are on {spec.device}"
     if spec.dtype not in (torch.float16, torch.bfloat16):
@@ -37,27 +107,37 @@ def why_not(spec: AttentionSpec) -> str | None:
         return f"it takes head_dim up to 256; got {spec.head_dim}"
     if spec.head_dim % 8:
         return f"it takes head_dim in multiples of 8; got {spec.head_dim}"
-    if (problem := import_problem()) is not None:
+    if spec.block_sparse:
+        return f"flash-attn {version} takes no block mask here; flex_attention does"
+    if spec.alibi and version > 2:
+        return f"flash-attn {version} has no ALiBi"
+    if (problem := import_problem(version)) is not None:
         return problem
     if not torch.cuda.is_available():
         return "torch sees no CUDA device (`flashlab doctor` says why)"
-    if (capability := torch.cuda.get_device_capability(spec.device)) < (8, 0):
-        return "it needs an Ampere GPU or newer (compute capability 8.0); this one has {}.{}".format(*capability)
+    capability = torch.cuda.get_device_capability(spec.device)
+    if capability < LOWEST_CAPABILITY[version]:
+        name = "an Ampere" if version == 2 else "a Hopper"
+        lowest = "{}.{}".format(*LOWEST_CAPABILITY[version])
+        return "it needs {} GPU or newer (compute capability {}); this one has {}.{}".format(name, lowest, *capability)
     return None
 
 
 @cache
-def import_problem() -> str | None:
-    """Say why flash-attn 2 cannot be imported, or return None when it can."""
+def import_problem(version: int) -> str | None:
+    """Say why a version of flash-attn cannot be imported, or return None when it can."""
+    module = MODULES[version]
     try:
-        import_module(MODULE)
+        import_module(module)
     except ModuleNotFoundError as error:
-        if error.name in ("flash_attn", MODULE):
-            return "flash-attn 2 is not installed"
-        return f"flash-attn 2 lacks its module {error.name} (`flashlab doctor` names the remedy)"
-    except (ImportError, OSError) as error:
+        missing = error.name or ""
+        if module == missing or module.startswith(f"{missing}."):
+            return f"flash-attn {version} is not installed"
+        return f"flash-attn {version} lacks its module {missing} (`flashlab doctor` names the remedy)"
+    except Exception as error:  # a package compiled for another torch or CUDA fails in its own ways
         message = " ".join(str(error).split())
         return (
-            f"flash-attn 2 does not load with torch {torch.__version__}: {message} (`flashlab doctor` names the remedy)"
+            f"flash-attn {version} does not load with torch {torch.__version__}: {message} "
+            "(`flashlab doctor` names the remedy)"
         )
     return None

@@ -1,8 +1,8 @@
 """The one way to call attention: check the call, choose the backend, run it.
 
-Shapes: B batch, Sq and Sk query and key lengths, H query heads, Hkv key/value heads (Hkv divides H), D head dimension.
-Query head h reads key/value head h // (H / Hkv). A causal mask aligns bottom-right: the last query sees every key, and
-a query that sees no key at all (Sq > Sk) gets zeros.
+Shapes: B batch, Sq and Sk query and key lengths, H query heads, Hkv key/value heads (Hkv divides H), D head dimension;
+packed: T rows of N sequences. Query head h reads key/value head h // (H / Hkv). Causal masks, windows and ALiBi align
+bottom-right: the last query stands at the last key. A query that sees no key at all gets zeros.
 """
 
 import difflib
@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashlab.attention.backends import AUTO_ORDER, BACKENDS
-from flashlab.attention.spec import AttentionSpec
+from flashlab.attention import auto, backends
+from flashlab.attention.backends import BACKENDS
+from flashlab.attention.spec import BLOCK_SIZE, AttentionSpec, Cache, Options, Packing
 from flashlab.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -33,6 +34,11 @@ def attention(
     backend: str = "auto",
     causal: bool = False,
     softmax_scale: float | None = None,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    block_mask: Tensor | None = None,
+    deterministic: bool = False,
 ) -> Tensor:
     """Compute exact attention, softmax(q k^T * softmax_scale) v, with the named backend.
 
@@ -42,9 +48,15 @@ def attention(
         q: ``[B, Sq, H, D]``.
         k: ``[B, Sk, Hkv, D]``.
         v: ``[B, Sk, Hkv, D]``.
-        backend: A name from `backends.BACKENDS`, or "auto" for the preferred one that can run this call.
+        backend: A name from `backends.BACKENDS`, or "auto" for the one that was fastest where this was measured.
         causal: Let query i see the keys up to i + Sk - Sq (bottom-right alignment).
         softmax_scale: Factor on the scores; 1 / sqrt(D) when None.
+        window_size: (left, right): let query i see the keys from i + Sk - Sq - left to i + Sk - Sq + right; -1 is
+            unlimited.
+        softcap: Bound the scores s by softcap * tanh(s / softcap); 0 does not.
+        alibi_slopes: float32 ``[H]`` or ``[B, H]``: take slope * |i + Sk - Sq - j| from the score of key j.
+        block_mask: bool ``[ceil(Sq / 128), ceil(Sk / 128)]``: the blocks of scores that are computed at all.
+        deterministic: Ask for a backward pass that gives the same bits every time.
 
     Returns:
         ``[B, Sq, H, D]``.
@@ -55,14 +67,122 @@ def attention(
         UserError: no backend has this name; the message names the nearest.
     """
     q, k, v = _prepare(q), _prepare(k), _prepare(v)
-    shapes: tuple[tuple[int, ...], ...] = (q.shape, k.shape, v.shape)
-    if torch.compiler.is_compiling():  # which kernel runs depends on the lengths: range makes them static
-        shapes = tuple(tuple(len(range(n)) for n in shape) for shape in shapes)
-    needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    name = _plan(backend, shapes, (q.dtype, k.dtype, v.dtype), (q.device, k.device, v.device), causal, needs_grad)
-    if softmax_scale is None:
-        softmax_scale = q.shape[-1] ** -0.5
-    return BACKENDS[name].run(q, k, v, causal=causal, softmax_scale=softmax_scale)
+    options = _options(q, causal, softmax_scale, window_size, softcap, alibi_slopes, block_mask, deterministic)
+    name = _plan(backend, "dense", _shapes(q, k, v), _kinds(q, k, v), _features(options), _needs_grad(q, k, v))
+    return BACKENDS[name].run(q, k, v, options)
+
+
+def attention_packed(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    backend: str = "auto",
+    causal: bool = False,
+    softmax_scale: float | None = None,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+) -> Tensor:
+    """Compute exact attention within each of N sequences of several lengths that lie in a row, without padding.
+
+    Args:
+        q: ``[Tq, H, D]``.
+        k: ``[Tk, Hkv, D]``.
+        v: ``[Tk, Hkv, D]``.
+        cu_seqlens_q: int32 ``[N + 1]``, rising from 0 to Tq: rows ``cu_seqlens_q[n]`` to ``cu_seqlens_q[n + 1]`` of q
+            are sequence n. On a GPU its values are not checked, which would stall it.
+        cu_seqlens_k: int32 ``[N + 1]``, rising from 0 to Tk: the same for k and v.
+        max_seqlen_q: The longest sequence of q.
+        max_seqlen_k: The longest sequence of k.
+        backend: As in `attention`.
+        causal: As in `attention`, within each sequence.
+        softmax_scale: As in `attention`.
+        window_size: As in `attention`, within each sequence.
+        softcap: As in `attention`.
+        alibi_slopes: float32 ``[H]`` or ``[N, H]``, as in `attention`.
+        deterministic: As in `attention`.
+
+    Returns:
+        ``[Tq, H, D]``.
+
+    Raises:
+        ValueError: as `attention`; also where the sequences do not fit q, k and v.
+        BackendUnavailable: the named backend cannot run this call; the message says why.
+        UserError: no backend has this name; the message names the nearest.
+    """
+    q, k, v = _prepare(q), _prepare(k), _prepare(v)
+    options = _options(q, causal, softmax_scale, window_size, softcap, alibi_slopes, None, deterministic)
+    _check_packing(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    count = cu_seqlens_q.shape[0] - 1
+    shapes = tuple(
+        (count, longest, *x.shape[1:]) for x, longest in ((q, max_seqlen_q), (k, max_seqlen_k), (v, max_seqlen_k))
+    )
+    name = _plan(backend, "packed", shapes, _kinds(q, k, v), _features(options), _needs_grad(q, k, v))
+    run = BACKENDS[name].run_packed
+    assert run is not None  # else why_not refused it
+    return run(q, k, v, Packing(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k), options)
+
+
+def attention_with_kvcache(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    cache_seqlens: int | Tensor,
+    *,
+    k: Tensor | None = None,
+    v: Tensor | None = None,
+    backend: str = "auto",
+    causal: bool = True,
+    softmax_scale: float | None = None,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+) -> Tensor:
+    """Append new keys and values to a cache, in place, and attend to the places that are filled then.
+
+    This is decoding: there are no gradients. The masks align with the last filled place, so that with Sq = Sn query i
+    sees the cache up to its own key.
+
+    Args:
+        q: ``[B, Sq, H, D]``.
+        k_cache: ``[B, Smax, Hkv, D]``.
+        v_cache: ``[B, Smax, Hkv, D]``.
+        cache_seqlens: The places filled before this call: a number, or int32 ``[B]``. On a GPU the values of a tensor
+            are not checked against Smax, which would stall it.
+        k: New keys ``[B, Sn, Hkv, D]``, or None to append nothing.
+        v: New values ``[B, Sn, Hkv, D]``, or None.
+        backend: As in `attention`.
+        causal: As in `attention`, with Sk the places that are filled.
+        softmax_scale: As in `attention`.
+        window_size: As in `attention`, with Sk the places that are filled.
+        softcap: As in `attention`.
+        alibi_slopes: As in `attention`, with Sk the places that are filled.
+
+    Returns:
+        ``[B, Sq, H, D]``.
+
+    Raises:
+        ValueError: as `attention`; also where the cache has no room for the new places, or gradients are asked for.
+        BackendUnavailable: the named backend cannot run this call; the message says why.
+        UserError: no backend has this name; the message names the nearest.
+    """
+    q = _prepare(q)
+    if _needs_grad(q, k_cache, v_cache):
+        raise ValueError("a key-value cache gives no gradients: call under torch.no_grad()")
+    options = _options(q, causal, softmax_scale, window_size, softcap, alibi_slopes, None, False)
+    k, v = (None if x is None else _prepare(x) for x in (k, v))
+    cache = _check_cache(q, k_cache, k, v, cache_seqlens)
+    kinds = _kinds(q, k_cache, v_cache)
+    name = _plan(backend, "cache", _shapes(q, k_cache, v_cache), kinds, _features(options), False)
+    run = BACKENDS[name].run_cached
+    assert run is not None  # else why_not refused it
+    return run(q, k_cache, v_cache, cache, options)
 
 
 def resolve(backend: str, spec: AttentionSpec) -> str:
@@ -73,25 +193,18 @@ def resolve(backend: str, spec: AttentionSpec) -> str:
         UserError: no backend has this name; the message names the nearest.
     """
     if backend == "auto":
-        return _choose(spec)
+        choice = auto.choose(spec)
+        refused = "".join(f"; not {name}: {reason}" for name, reason in choice.refused)
+        _announce(f"attention backend: auto chose {choice.backend} on {spec.device.type} ({choice.source}){refused}")
+        return choice.backend
     if backend not in BACKENDS:
         nearest = difflib.get_close_matches(backend, ["auto", *BACKENDS], n=1, cutoff=0.0)[0]
         raise UserError(
             f"no attention backend {backend!r}; did you mean {nearest!r}? (there are: auto, {', '.join(BACKENDS)})"
         )
-    if (reason := BACKENDS[backend].why_not(spec)) is not None:
+    if (reason := backends.why_not(backend, spec)) is not None:
         raise BackendUnavailable(f"attention backend {backend!r} cannot run this call: {reason}")
     return backend
-
-
-def _choose(spec: AttentionSpec) -> str:
-    refused = []
-    for name in AUTO_ORDER.get(spec.device.type, ("sdpa_math",)):
-        if (reason := BACKENDS[name].why_not(spec)) is None:
-            break
-        refused.append(f"; not {name}: {reason}")
-    _announce(f"attention backend: auto chose {name} on {spec.device.type}{''.join(refused)}")
-    return name
 
 
 @lru_cache
@@ -108,6 +221,50 @@ def _prepare(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
+def _options(
+    q: Tensor,
+    causal: bool,
+    softmax_scale: float | None,
+    window_size: tuple[int, int],
+    softcap: float,
+    alibi_slopes: Tensor | None,
+    block_mask: Tensor | None,
+    deterministic: bool,
+) -> Options:
+    if softmax_scale is None:
+        softmax_scale = q.shape[-1] ** -0.5
+    return Options(
+        softmax_scale, causal, (window_size[0], window_size[1]), softcap, alibi_slopes, block_mask, deterministic
+    )
+
+
+def _needs_grad(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+
+
+def _shapes(*tensors: Tensor) -> tuple[tuple[int, ...], ...]:
+    if torch.compiler.is_compiling():  # which kernel runs depends on the lengths: range makes them static
+        return tuple(tuple(len(range(n)) for n in x.shape) for x in tensors)
+    return tuple(x.shape for x in tensors)
+
+
+def _kinds(*tensors: Tensor) -> tuple[tuple[torch.dtype, torch.device], ...]:
+    return tuple((x.dtype, x.device) for x in tensors)
+
+
+def _features(options: Options) -> tuple[Any, ...]:
+    """Describe the options without the values of their tensors, so that calls can be told apart and looked up."""
+    slopes, blocks = options.alibi_slopes, options.block_mask
+    return (
+        options.causal,
+        options.window_size,
+        options.softcap,
+        None if slopes is None else (tuple(slopes.shape), slopes.dtype, slopes.device),
+        None if blocks is None else (tuple(blocks.shape), blocks.dtype, blocks.device),
+        options.deterministic,
+    )
+
+
 @torch.compiler.assume_constant_result
 def _plan(*call: Any) -> str:
     """Look the call up; a graph under torch.compile holds the answer as a constant."""
@@ -117,28 +274,29 @@ def _plan(*call: Any) -> str:
 @lru_cache(maxsize=4096)
 def _check_and_resolve(
     backend: str,
+    layout: str,
     shapes: tuple[tuple[int, ...], ...],
-    dtypes: tuple[torch.dtype, ...],
-    devices: tuple[torch.device, ...],
-    causal: bool,
+    kinds: tuple[tuple[torch.dtype, torch.device], ...],
+    features: tuple[Any, ...],
     needs_grad: bool,
 ) -> str:
-    return resolve(backend, _describe(shapes, dtypes, devices, causal, needs_grad))
+    return resolve(backend, _describe(layout, shapes, kinds, features, needs_grad))
 
 
 def _describe(
+    layout: Any,
     shapes: tuple[tuple[int, ...], ...],
-    dtypes: tuple[torch.dtype, ...],
-    devices: tuple[torch.device, ...],
-    causal: bool,
+    kinds: tuple[tuple[torch.dtype, torch.device], ...],
+    features: tuple[Any, ...],
     needs_grad: bool,
 ) -> AttentionSpec:
-    """Check that q, k and v fit together, and describe the call."""
+    """Check that q, k, v and the options fit together, and describe the call."""
     q_shape, k_shape, v_shape = map(tuple, shapes)
     if any(len(shape) != 4 for shape in shapes):
-        raise ValueError(
-            f"q, k and v must be [batch, seqlen, heads, head_dim]; got q {q_shape}, k {k_shape}, v {v_shape}"
-        )
+        dimensions = "[rows, heads, head_dim]" if layout == "packed" else "[batch, seqlen, heads, head_dim]"
+        # A packed batch is described by its number of sequences and the longest, in place of its rows.
+        got = (shape[2 * (layout == "packed") :] for shape in (q_shape, k_shape, v_shape))
+        raise ValueError(f"q, k and v must be {dimensions}; got q {{}}, k {{}}, v {{}}".format(*got))
     batch_size, seqlen_q, num_heads, head_dim = q_shape
     _, seqlen_k, num_kv_heads, _ = k_shape
     if k_shape != v_shape:
@@ -151,10 +309,94 @@ def _describe(
         raise ValueError(
             f"key/value heads must divide the query heads; got {num_heads} query heads, {num_kv_heads} key/value heads"
         )
+    dtypes, devices = zip(*kinds, strict=True)
     if len(set(dtypes)) > 1 or not dtypes[0].is_floating_point:
         raise ValueError("q, k and v must share one floating-point dtype; got {}, {}, {}".format(*dtypes))
     if len(set(devices)) > 1:
         raise ValueError("q, k and v must be on one device; got {}, {}, {}".format(*devices))
+    causal, window_size, softcap, slopes, blocks, deterministic = features
+    if not all(isinstance(size, int) and size >= -1 for size in window_size):
+        raise ValueError(f"window_size must be two whole numbers from -1 (unlimited) on; got {window_size}")
+    if not softcap >= 0:
+        raise ValueError(f"softcap must be 0 (none) or more; got {softcap}")
+    _check_option("alibi_slopes", slopes, torch.float32, [(num_heads,), (batch_size, num_heads)], devices[0])
+    blocks_expected = (-(-seqlen_q // BLOCK_SIZE), -(-seqlen_k // BLOCK_SIZE))
+    _check_option("block_mask", blocks, torch.bool, [blocks_expected], devices[0])
     return AttentionSpec(
-        batch_size, seqlen_q, seqlen_k, num_heads, num_kv_heads, head_dim, dtypes[0], devices[0], causal, needs_grad
+        batch_size,
+        seqlen_q,
+        seqlen_k,
+        num_heads,
+        num_kv_heads,
+        head_dim,
+        dtypes[0],
+        devices[0],
+        causal,
+        needs_grad,
+        window_size,
+        softcap > 0,
+        slopes is not None,
+        blocks is not None,
+        deterministic,
+        layout,
     )
+
+
+def _check_option(
+    name: str,
+    got: tuple[tuple[int, ...], torch.dtype, torch.device] | None,
+    dtype: torch.dtype,
+    shapes: list[tuple[int, ...]],
+    device: torch.device,
+) -> None:
+    if got is not None and (got[0] not in shapes or got[1:] != (dtype, device)):
+        expected = " or ".join(map(str, shapes))
+        raise ValueError(f"{name} must be {dtype} {expected} on {device}; got {got[1]} {got[0]} on {got[2]}")
+
+
+def _check_packing(
+    q: Tensor, k: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int
+) -> None:
+    if cu_seqlens_q.dim() != 1 or cu_seqlens_q.shape != cu_seqlens_k.shape or cu_seqlens_q.shape[0] < 2:
+        shapes = tuple(cu_seqlens_q.shape), tuple(cu_seqlens_k.shape)
+        raise ValueError("cu_seqlens_q and cu_seqlens_k must both be [sequences + 1]; got {} and {}".format(*shapes))
+    for name, x, ends, longest in (("q", q, cu_seqlens_q, max_seqlen_q), ("k", k, cu_seqlens_k, max_seqlen_k)):
+        if ends.dtype != torch.int32 or ends.device != x.device:
+            raise ValueError(f"cu_seqlens_{name} must be torch.int32 on {x.device}; got {ends.dtype} on {ends.device}")
+        if ends.device.type == "cpu" and not torch.compiler.is_compiling():  # elsewhere a look at the values is a stall
+            lengths = ends.diff()
+            if ends[0] != 0 or ends[-1] != x.shape[0] or bool((lengths < 0).any()) or bool((lengths > longest).any()):
+                raise ValueError(
+                    f"cu_seqlens_{name} must rise from 0 to the {x.shape[0]} rows of {name} in steps of at most "
+                    f"max_seqlen_{name} = {longest}; got {ends.tolist()}"
+                )
+
+
+def _check_cache(q: Tensor, k_cache: Tensor, k: Tensor | None, v: Tensor | None, seqlens: int | Tensor) -> Cache:
+    if (k is None) != (v is None):
+        raise ValueError("k and v go into the cache together: give both or neither")
+    if k_cache.dim() != 4:
+        raise ValueError(f"k_cache must be [batch, places, heads, head_dim]; got {tuple(k_cache.shape)}")
+    new = 0
+    if k is not None and v is not None:
+        new = k.shape[1]
+        expected = (k_cache.shape[0], new, *k_cache.shape[2:])
+        if k.shape != expected or v.shape != expected or {k.dtype, v.dtype} != {k_cache.dtype}:
+            raise ValueError(
+                f"k and v must be {k_cache.dtype} {tuple(expected)} like the cache; got {k.dtype} {tuple(k.shape)} and "
+                f"{v.dtype} {tuple(v.shape)}"
+            )
+    if isinstance(seqlens, int):
+        longest = seqlens
+        seqlens = torch.full((q.shape[0],), seqlens, dtype=torch.int32, device=q.device)
+    elif seqlens.shape != q.shape[:1] or seqlens.dtype != torch.int32 or seqlens.device != q.device:
+        raise ValueError(
+            f"cache_seqlens must be torch.int32 [{q.shape[0]}] on {q.device}; got {seqlens.dtype} "
+            f"{tuple(seqlens.shape)} on {seqlens.device}"
+        )
+    else:
+        looks = seqlens.device.type == "cpu" and not torch.compiler.is_compiling()
+        longest = int(seqlens.max()) if looks else 0
+    if longest + new > k_cache.shape[1]:
+        raise ValueError(f"the cache has {k_cache.shape[1]} places; {longest} filled and {new} new do not fit")
+    return Cache(seqlens, k, v)

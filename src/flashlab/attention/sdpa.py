@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from flashlab.attention.spec import AttentionSpec
+from flashlab.attention.reference import alibi_bias, blind_queries, visible
+from flashlab.attention.spec import AttentionSpec, Cache, Options
 
 _CAN_USE = {
     SDPBackend.EFFICIENT_ATTENTION: torch.backends.cuda.can_use_efficient_attention,
@@ -17,51 +18,104 @@ _CAN_USE = {
 }
 
 
-def attention(kernel: SDPBackend, q: Tensor, k: Tensor, v: Tensor, *, causal: bool, softmax_scale: float) -> Tensor:
+def attention(kernel: SDPBackend, q: Tensor, k: Tensor, v: Tensor, options: Options) -> Tensor:
     """Run one kernel of torch's scaled_dot_product_attention, and never another.
 
-    torch's ``is_causal`` aligns top-left; the mask here aligns bottom-right, as in flash-attn.
+    torch's ``is_causal`` aligns top-left; the mask here aligns bottom-right, as in flash-attn. Where torch has no word
+    for a mask it is given as a tensor of Sq x Sk.
 
     Args:
         kernel: The kernel to run.
         q: ``[B, Sq, H, D]``.
         k: ``[B, Sk, Hkv, D]``.
         v: ``[B, Sk, Hkv, D]``.
-        causal: Let query i see the keys up to i + Sk - Sq.
-        softmax_scale: Factor on the scores.
+        options: How scores become weights.
     """
-    seqlen_q, seqlen_k, groups = q.shape[1], k.shape[1], q.shape[2] // k.shape[2]
-    if groups > 1 and kernel is SDPBackend.EFFICIENT_ATTENTION:  # the one kernel without grouped heads
-        k, v, groups = k.repeat_interleave(groups, dim=2), v.repeat_interleave(groups, dim=2), 1
-    blind, masked = _causal_layout(seqlen_q, seqlen_k) if causal else (0, False)
-    mask = (
-        torch.ones(seqlen_q, seqlen_k, dtype=torch.bool, device=q.device).tril(seqlen_k - seqlen_q) if masked else None
-    )
-    with sdpa_kernel(kernel):
-        out = F.scaled_dot_product_attention(
-            q[:, blind:].transpose(1, 2),
-            k.transpose(1, 2),
-            v.transpose(1, 2),
-            attn_mask=mask,
-            is_causal=causal and not masked and seqlen_q > 1,
-            scale=softmax_scale,
-            enable_gqa=groups > 1,
-        ).transpose(1, 2)
+    seqlen_q, seqlen_k = q.shape[1], k.shape[1]
+    blind = blind_queries(seqlen_q, seqlen_k, options)  # torch's kernels disagree about such rows: they are left out
+    if blind >= seqlen_q:
+        return _zeros(q, k, v)
+    q, seqlen_q = q[:, blind:], seqlen_q - blind
+    mask, is_causal = None, False
+    if options.alibi_slopes is not None or _needs_mask(seqlen_q, seqlen_k, options.causal, options.window_size):
+        mask = _as_mask(
+            q, visible(seqlen_q, seqlen_k, options, q.device), alibi_bias(seqlen_q, seqlen_k, options, q.device)
+        )
+    else:
+        is_causal = options.causal and seqlen_q > 1
+    out = _call(kernel, q, k, v, mask, is_causal, options.softmax_scale)
     return F.pad(out, (0, 0, 0, 0, blind, 0)) if blind else out
 
 
-def _causal_layout(seqlen_q: int, seqlen_k: int) -> tuple[int, bool]:
-    """Fit a bottom-right causal mask to torch's top-left ``is_causal``.
+def attention_with_kvcache(
+    kernel: SDPBackend, q: Tensor, k_cache: Tensor, v_cache: Tensor, cache: Cache, options: Options
+) -> Tensor:
+    """Append to a key-value cache and attend to its filled places, by a mask over all its places.
 
-    Returns:
-        The number of leading queries that see no key and are left out, and whether the rest needs an explicit mask. One
-        query alone sees every key and needs none.
+    Args:
+        kernel: The kernel to run.
+        q: ``[B, Sq, H, D]``.
+        k_cache: ``[B, Smax, Hkv, D]``, changed in place.
+        v_cache: ``[B, Smax, Hkv, D]``, changed in place.
+        cache: What to append, and where.
+        options: How scores become weights, with Sk the number of filled places.
     """
-    return max(seqlen_q - seqlen_k, 0), 1 < seqlen_q < seqlen_k
+    filled = cache.append(k_cache, v_cache)
+    seqlen_q, places = q.shape[1], k_cache.shape[1]
+    sees = visible(seqlen_q, places, options, q.device, filled)
+    assert sees is not None  # a cache always has a mask
+    # Places that were never written may hold anything, and a weight of 0 times NaN is NaN.
+    written = (torch.arange(places, device=q.device) < filled[:, None])[:, :, None, None]
+    k, v = k_cache.where(written, 0.0), v_cache.where(written, 0.0)
+    some_key = sees.any(dim=-1, keepdim=True)  # a query of a row whose cache is still empty sees none
+    mask = _as_mask(q, sees | ~some_key, alibi_bias(seqlen_q, places, options, q.device, filled))
+    return _call(kernel, q, k, v, mask, False, options.softmax_scale) * some_key.transpose(1, 2)
+
+
+def _call(
+    kernel: SDPBackend, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, softmax_scale: float
+) -> Tensor:
+    groups = q.shape[2] // k.shape[2]
+    if groups > 1 and kernel is SDPBackend.EFFICIENT_ATTENTION:  # the one kernel without grouped heads
+        k, v, groups = k.repeat_interleave(groups, dim=2), v.repeat_interleave(groups, dim=2), 1
+    with sdpa_kernel(kernel):
+        return F.scaled_dot_product_attention(
+            q.transpose(1, 2),
+            k.transpose(1, 2),
+            v.transpose(1, 2),
+            attn_mask=mask,
+            is_causal=is_causal,
+            scale=softmax_scale,
+            enable_gqa=groups > 1,
+        ).transpose(1, 2)
+
+
+def _as_mask(q: Tensor, sees: Tensor | None, bias: Tensor | None) -> Tensor | None:
+    """Put mask and bias into the one tensor that torch takes."""
+    if bias is None:
+        return sees
+    if sees is not None:
+        bias = bias.masked_fill(~sees, float("-inf"))
+    return bias.to(q.dtype)
+
+
+def _zeros(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Return the output of queries that all see nothing, on the graph of the inputs."""
+    return q * 0.0 + (k.sum() + v.sum()) * 0.0
+
+
+def _needs_mask(seqlen_q: int, seqlen_k: int, causal: bool, window_size: tuple[int, int]) -> bool:
+    """Say whether the mask is one for which torch has no word: a window, or a causal one not aligned top-left."""
+    left, right = window_size
+    return left >= 0 or (right >= 0 and not causal) or (causal and 1 < seqlen_q < seqlen_k)
 
 
 def why_not(kernel: SDPBackend, spec: AttentionSpec) -> str | None:
     """Say why a kernel cannot run a call, in torch's own words where it has them."""
+    if spec.softcap:
+        return "scaled_dot_product_attention has no soft cap"
+    if spec.block_sparse:
+        return "scaled_dot_product_attention has no block mask"
     if kernel is SDPBackend.MATH:
         return None
     if spec.device.type == "cpu":
@@ -70,22 +124,29 @@ def why_not(kernel: SDPBackend, spec: AttentionSpec) -> str | None:
         return f"it needs a CUDA device; the inputs are on {spec.device}"
     if not torch.cuda.is_available():
         return "torch sees no CUDA device (`flashlab doctor` says why)"
+    if spec.deterministic and spec.needs_grad and kernel is SDPBackend.CUDNN_ATTENTION:
+        return "its backward pass is not deterministic"
+    if spec.deterministic and spec.needs_grad:
+        return "torch makes its backward pass deterministic for a whole process only (use_deterministic_algorithms)"
     return _torchs_reason(kernel, spec)
 
 
 def _torchs_reason(kernel: SDPBackend, spec: AttentionSpec) -> str | None:
     """Ask torch about stand-ins of the call's shapes that take no memory."""
-    kv_heads = spec.num_heads if kernel is SDPBackend.EFFICIENT_ATTENTION else spec.num_kv_heads
-    blind, masked = _causal_layout(spec.seqlen_q, spec.seqlen_k) if spec.causal else (0, False)
+    options = Options(1.0, spec.causal, spec.window_size)
+    seqlen_q = max(spec.seqlen_q - blind_queries(spec.seqlen_q, spec.seqlen_k, options), 1)
+    in_words = not spec.alibi and spec.layout == "dense"
+    masked = not in_words or _needs_mask(seqlen_q, spec.seqlen_k, spec.causal, spec.window_size)
 
     def stand_in(heads: int, seqlen: int) -> Tensor:
         row = torch.empty(spec.head_dim, dtype=spec.dtype, device=spec.device, requires_grad=spec.needs_grad)
         return row.expand(spec.batch_size, heads, seqlen, spec.head_dim)
 
-    q, k = stand_in(spec.num_heads, spec.seqlen_q - blind), stand_in(kv_heads, spec.seqlen_k)
-    row = torch.ones(spec.seqlen_k, dtype=torch.bool, device=spec.device)
-    mask = row.expand(spec.seqlen_q, spec.seqlen_k) if masked else None
-    is_causal, grouped = spec.causal and not masked and spec.seqlen_q > 1, spec.num_heads != kv_heads
+    kv_heads = spec.num_heads if kernel is SDPBackend.EFFICIENT_ATTENTION else spec.num_kv_heads
+    q, k = stand_in(spec.num_heads, seqlen_q), stand_in(kv_heads, spec.seqlen_k)
+    row = torch.ones(spec.seqlen_k, dtype=spec.dtype if spec.alibi else torch.bool, device=spec.device)
+    mask = row.expand(seqlen_q, spec.seqlen_k) if masked else None
+    is_causal, grouped = spec.causal and not masked and seqlen_q > 1, spec.num_heads != kv_heads
     with sdpa_kernel(kernel), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         if _CAN_USE[kernel](torch.backends.cuda.SDPAParams(q, k, k, mask, 0.0, is_causal, grouped)):

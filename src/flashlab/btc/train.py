@@ -3,7 +3,6 @@
 import json
 import logging
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -38,7 +37,7 @@ from flashlab.btc.module import BarsDataModule, ForecasterModule, OptimizerConfi
 from flashlab.btc.prepare import PreparedSet, open_set
 from flashlab.btc.windows import part_windows
 from flashlab.errors import UserError, writing
-from flashlab.machine import identify
+from flashlab.machine import git_commit, identify
 
 Section = TypeVar("Section", DataConfig, ModelConfig, OptimizerConfig, "TrainerConfig")
 if TYPE_CHECKING:
@@ -154,7 +153,7 @@ def train(
     record: dict[str, Any] = {
         "schema_version": 1,
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
-        "git_commit": _git_commit(),
+        "git_commit": git_commit(),
         "machine": identify(),
         "parameters": sum(parameter.numel() for parameter in module.parameters()),
         "attention_backend": backend,
@@ -356,14 +355,6 @@ def read_record(run: Path) -> dict[str, Any]:
         return json.loads((run / "run.json").read_text())
     except (FileNotFoundError, ValueError):  # killed before or while it was written
         return {}
-
-
-def _git_commit() -> str | None:
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
 
 
 def _plain(section: Section) -> Section:
