@@ -3,7 +3,14 @@ import logging
 import pytest
 import torch
 
-from flashlab.attention import BackendUnavailable, attention, interface, resolve
+from flashlab.attention import (
+    BackendUnavailable,
+    attention,
+    attention_packed,
+    attention_with_kvcache,
+    interface,
+    resolve,
+)
 from flashlab.attention.backends import BACKENDS, Backend, why_not
 from flashlab.errors import UserError
 
@@ -116,3 +123,81 @@ def test_compiles_into_one_graph_also_when_lengths_change(backend, device, make_
         out = compiled(q, k, v)
         assert torch.allclose(out, layer(q, k, v), atol=0.02)
         out.sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"window_size": (-2, 0)}, r"window_size must be two whole numbers from -1"),
+        ({"window_size": (1.5, 0)}, r"window_size must be two whole numbers from -1"),
+        ({"softcap": -1.0}, r"softcap must be 0 \(none\) or more; got -1"),
+        ({"softcap": float("nan")}, r"softcap must be 0"),
+        (
+            {"alibi_slopes": torch.ones(3)},
+            r"alibi_slopes must be torch.float32 \(4,\) or \(2, 4\) on cpu; got .*3",
+        ),
+        ({"alibi_slopes": torch.ones(4).half()}, r"alibi_slopes must be torch.float32 .* got torch.float16"),
+        ({"block_mask": torch.ones(2, 2) > 0}, r"block_mask must be torch.bool \(1, 1\) on cpu; got .*\(2, 2\)"),
+        ({"block_mask": torch.ones(1, 1)}, r"block_mask must be torch.bool"),
+    ],
+)
+def test_options_that_do_not_fit_are_one_clear_error(options, message):
+    with pytest.raises(ValueError, match=message):
+        attention(*qkv(), **options)
+
+
+def packed(ends_q=(0, 3, 8), ends_k=(0, 3, 8), longest=5, dtype=torch.int32):
+    rows = torch.zeros(8, 4, 16)
+    return rows, rows, rows, torch.tensor(ends_q, dtype=dtype), torch.tensor(ends_k, dtype=dtype), longest, 5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (packed(dtype=torch.int64), r"cu_seqlens_q must be torch.int32 on cpu; got torch.int64"),
+        (packed(ends_k=(0, 8)), r"must both be \[sequences \+ 1\]; got \(3,\) and \(2,\)"),
+        (packed(ends_q=(0, 3, 7)), r"cu_seqlens_q must rise from 0 to the 8 rows of q .* got \[0, 3, 7\]"),
+        (packed(ends_q=(0, 9, 8)), r"cu_seqlens_q must rise from 0"),
+        (packed(longest=4), r"in steps of at most max_seqlen_q = 4"),
+        ((*qkv(), *packed()[3:]), r"q, k and v must be \[rows, heads, head_dim\]"),
+    ],
+)
+def test_packed_sequences_that_do_not_fit_are_one_clear_error(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        attention_packed(*arguments)
+
+
+def caches(filled=0, new=1, places=8, **changes):
+    q = torch.zeros(2, 1, 4, 16)
+    k_cache, v_cache = torch.zeros(2, places, 4, 16), torch.zeros(2, places, 4, 16)
+    added = {"k": torch.zeros(2, new, 4, 16), "v": torch.zeros(2, new, 4, 16)} | changes
+    return (q, k_cache, v_cache, filled), added
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (caches(filled=8), r"the cache has 8 places; 8 filled and 1 new do not fit"),
+        (caches(filled=torch.tensor([0, 7], dtype=torch.int32), new=2), r"the cache has 8 places; 7 filled and 2 new"),
+        (caches(filled=torch.tensor([0, 7])), r"cache_seqlens must be torch.int32 \[2\] on cpu; got torch.int64"),
+        (caches(v=None), r"give both or neither"),
+        (caches(k=torch.zeros(2, 1, 4, 8)), r"k and v must be torch.float32 \(2, 1, 4, 16\) like the cache"),
+    ],
+)
+def test_a_cache_that_does_not_fit_is_one_clear_error_and_stays_as_it_was(call, message):
+    arguments, added = call
+    with pytest.raises(ValueError, match=message):
+        attention_with_kvcache(*arguments, **added)
+    assert not arguments[1].any()
+
+
+def test_a_cache_gives_no_gradients():
+    (q, *rest), added = caches()
+    with pytest.raises(ValueError, match="call under torch"):
+        attention_with_kvcache(q.requires_grad_(), *rest, **added)
+
+
+def test_backends_without_a_layout_refuse_it(make_spec):
+    with pytest.raises(BackendUnavailable, match="it has no form for packed sequences"):
+        attention_packed(*packed(), backend="sdpa_math")
+    assert resolve("auto", make_spec(layout="packed")) in BACKENDS

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flashlab.attention import flash4
 from flashlab.attention.spec import AttentionSpec, Cache, Options, Packing
 
 # flash-attn 4 installs into the same package `flash_attn` as flash-attn 2: only these modules prove a version.
@@ -27,6 +28,8 @@ def attention(version: int, q: Tensor, k: Tensor, v: Tensor, options: Options) -
         v: ``[B, Sk, Hkv, D]``.
         options: How scores become weights.
     """
+    if version == 4 and torch.compiler.is_compiling():
+        return flash4.attention(q, k, v, options)
     return _out(_module(version).flash_attn_func(q, k, v, **_keywords(version, options)))
 
 

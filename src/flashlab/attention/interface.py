@@ -118,7 +118,7 @@ def attention_packed(
     """
     q, k, v = _prepare(q), _prepare(k), _prepare(v)
     options = _options(q, causal, softmax_scale, window_size, softcap, alibi_slopes, None, deterministic)
-    _check_packing(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    _check_packing(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     count = cu_seqlens_q.shape[0] - 1
     shapes = tuple(
         (count, longest, *x.shape[1:]) for x, longest in ((q, max_seqlen_q), (k, max_seqlen_k), (v, max_seqlen_k))
@@ -293,10 +293,9 @@ def _describe(
     """Check that q, k, v and the options fit together, and describe the call."""
     q_shape, k_shape, v_shape = map(tuple, shapes)
     if any(len(shape) != 4 for shape in shapes):
-        dimensions = "[rows, heads, head_dim]" if layout == "packed" else "[batch, seqlen, heads, head_dim]"
-        # A packed batch is described by its number of sequences and the longest, in place of its rows.
-        got = (shape[2 * (layout == "packed") :] for shape in (q_shape, k_shape, v_shape))
-        raise ValueError(f"q, k and v must be {dimensions}; got q {{}}, k {{}}, v {{}}".format(*got))
+        raise ValueError(
+            f"q, k and v must be [batch, seqlen, heads, head_dim]; got q {q_shape}, k {k_shape}, v {v_shape}"
+        )
     batch_size, seqlen_q, num_heads, head_dim = q_shape
     _, seqlen_k, num_kv_heads, _ = k_shape
     if k_shape != v_shape:
@@ -355,8 +354,13 @@ def _check_option(
 
 
 def _check_packing(
-    q: Tensor, k: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int
 ) -> None:
+    if {q.dim(), k.dim(), v.dim()} != {3} or k.shape[0] != v.shape[0]:
+        shapes = (tuple(x.shape) for x in (q, k, v))
+        raise ValueError(
+            "q, k and v must be [rows, heads, head_dim], k and v of as many rows; got q {}, k {}, v {}".format(*shapes)
+        )
     if cu_seqlens_q.dim() != 1 or cu_seqlens_q.shape != cu_seqlens_k.shape or cu_seqlens_q.shape[0] < 2:
         shapes = tuple(cu_seqlens_q.shape), tuple(cu_seqlens_k.shape)
         raise ValueError("cu_seqlens_q and cu_seqlens_k must both be [sequences + 1]; got {} and {}".format(*shapes))

@@ -76,12 +76,9 @@ def attention_with_kvcache(q: Tensor, k_cache: Tensor, v_cache: Tensor, cache: C
         options: As of `attention`; Sk is what a sequence holds.
     """
     outs = []
-    for b, end in enumerate(cache.seqlens.tolist()):
-        if cache.k is not None and cache.v is not None:
-            start, end = end, end + cache.k.shape[1]
-            k_cache[b, start:end], v_cache[b, start:end] = cache.k[b], cache.v[b]
-        held = slice(b, b + 1), slice(end)
-        outs.append(attention(q[b : b + 1], k_cache[held], v_cache[held], _of_sequence(options, b)))
+    for b, filled in enumerate(cache.append(k_cache, v_cache).tolist()):
+        k_b, v_b = k_cache[None, b, :filled], v_cache[None, b, :filled]
+        outs.append(attention(q[None, b], k_b, v_b, _of_sequence(options, b)))
     return torch.cat(outs)
 
 
@@ -119,20 +116,21 @@ def _of_sequence(options: Options, b: int) -> Options:
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, options: Options, sizes: tuple[int, int]) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, options: Options, on_chip_bytes: int) -> Tensor:
+        (_, seqlen_q, num_heads, head_dim), seqlen_k, groups = q.shape, k.shape[1], q.shape[2] // k.shape[2]
+        size_i, size_j = block_sizes(head_dim, on_chip_bytes, q.element_size())
+        scores = _Scores(options, seqlen_k - seqlen_q)
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         lse = torch.empty((*q.shape[:-1], 1), dtype=_sum_dtype(q), device=q.device)
-        q_, k_, v_, out_, lse_ = _by_head(k.shape[2], q, k, v, out, lse)
-        scores = _Scores(options, q, k)
-        for i in _tiles(q.shape[1], sizes[0]):
-            q_i = load(q_, i) * options.softmax_scale
+        for i in _tiles(seqlen_q, size_i):
+            q_i = _load(q, i) * options.softmax_scale
             o_i = torch.zeros_like(q_i)
             l_i = torch.zeros_like(q_i[..., :1])
-            m_i = torch.full_like(l_i, torch.finfo(l_i.dtype).min)  # not -inf: m_i - m_i is to be 0, not NaN
-            for j in _tiles(k.shape[1], sizes[1]):
+            m_i = torch.full_like(l_i, torch.finfo(l_i.dtype).min)  # not -inf, for m_i - m_i is to be 0, not NaN
+            for j in _tiles(seqlen_k, size_j):
                 if scores.visible(i, j) == "none":
                     continue
-                k_j, v_j = load(k_, j), load(v_, j)
+                k_j, v_j = _load(k, j, groups), _load(v, j, groups)
                 s_ij = scores.mask(scores.cap(q_i @ k_j.mT), i, j)
                 m_new = torch.maximum(m_i, s_ij.amax(dim=-1, keepdim=True))
                 p_ij = torch.exp(s_ij - m_new)
@@ -140,11 +138,11 @@ class _Attention(torch.autograd.Function):
                 l_i = rescale * l_i + p_ij.sum(dim=-1, keepdim=True)
                 o_i = rescale * o_i + p_ij @ v_j
                 m_i = m_new
-            blind = l_i == 0  # queries that see no key: their output is 0, and inf makes every p_ij of theirs 0 again
-            store(out_, i, o_i / l_i.masked_fill(blind, 1.0))
-            store(lse_, i, (m_i + torch.log(l_i)).masked_fill(blind, inf))
+            blind = l_i == 0  # queries that see no key: zeros, and a log-sum-exp that makes each p_ij 0 again
+            _store(out, i, o_i / l_i.masked_fill(blind, 1.0))
+            _store(lse, i, (m_i + torch.log(l_i)).masked_fill(blind, inf))
         ctx.save_for_backward(q, k, v, out, lse)
-        ctx.options, ctx.sizes = options, sizes
+        ctx.options, ctx.on_chip_bytes = options, on_chip_bytes
         return out
 
     @staticmethod
@@ -152,12 +150,29 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse = ctx.saved_tensors
         options = ctx.options
-        delta, dk, dv = torch.empty_like(lse), torch.empty_like(k), torch.empty_like(v)
-        dq = torch.zeros(q.shape, dtype=lse.dtype, device=q.device)  # summed over j, in slow memory
-        _count(written=dq)
-        q_, k_, v_, out_, lse_, dout_, delta_, dq_, dk_, dv_ = _by_head(
-            k.shape[2], q, k, v, out, lse, dout, delta, dq, dk, dv
-        )
-        scores = _Scores(options, q, k)
-        for i in _tiles(q.shape[1], sizes[0]):
-            pass
+        (_, seqlen_q, _, head_dim), seqlen_k, groups = q.shape, k.shape[1], q.shape[2] // k.shape[2]
+        size_j, size_i = block_sizes(head_dim, ctx.on_chip_bytes, q.element_size())
+        scores = _Scores(options, seqlen_k - seqlen_q)
+        delta = torch.empty_like(lse)  # D in the papers: the rows' sums of dO * O
+        for i in _tiles(seqlen_q, size_i):
+            _store(delta, i, (_load(dout, i) * _load(out, i)).sum(dim=-1, keepdim=True))
+        dq = torch.zeros(q.shape, dtype=_sum_dtype(q), device=q.device)  # summed over j in slow memory
+        _count(0, dq)
+        dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (k, v))
+        for j in _tiles(seqlen_k, size_j):
+            k_j, v_j = _load(k, j, groups), _load(v, j, groups)
+            dk_j, dv_j = torch.zeros_like(k_j), torch.zeros_like(v_j)
+            for i in _tiles(seqlen_q, size_i):
+                if scores.visible(i, j) == "none":
+                    continue
+                q_i, do_i = _load(q, i) * options.softmax_scale, _load(dout, i)
+                capped = scores.cap(q_i @ k_j.mT)
+                p_ij = torch.exp(scores.mask(capped, i, j) - _load(lse, i))
+                dv_j += p_ij.mT @ do_i
+                dp_ij = do_i @ v_j.mT
+                ds_ij = p_ij * (dp_ij - _load(delta, i)) * scores.cap_slope(capped)
+                dk_j += ds_ij.mT @ q_i
+                _store(dq, i, _load(dq, i) + options.softmax_scale * (ds_ij @ k_j))
+            _store(dk, j, dk_j, groups)
+            _store(dv, j, dv_j, groups)
+        return _cast(dq, q.dtype), dk, dv, None, None

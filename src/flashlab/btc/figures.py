@@ -16,31 +16,12 @@ from numpy.typing import NDArray
 from flashlab.btc.bars import FEATURES
 from flashlab.btc.baselines import CLOSE, VOLUME
 from flashlab.btc.metrics import BASIS_POINT, ROWS, TITLES, distinct_baselines, skill_in_words
+from flashlab.report import NEUTRAL, STYLE, WIDTH
 
 HIGH, LOW = FEATURES.index("high"), FEATURES.index("low")
 BLOCK_MINUTES = 120
-WIDTH = 7.0  # inches; not more, so that letters stay readable when a phone scales the picture down
-TRUTH, MODEL, NEUTRAL, LOST = "#4d4d4d", "#0072b2", "#888888", "#b3261e"
+TRUTH, MODEL, LOST = "#4d4d4d", "#0072b2", "#b3261e"
 BASELINES = {"persistence": "#e69f00", "last_close": "#009e73", "ar120": "#cc79a7"}
-STYLE: Any = {
-    "figure.dpi": 144,
-    "figure.constrained_layout.use": True,
-    "font.size": 9,
-    "axes.titlesize": 9,
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": NEUTRAL,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#e6e6e6",
-    "grid.linewidth": 0.6,
-    "xtick.color": "#444444",
-    "ytick.color": "#444444",
-    "legend.frameon": False,
-    "lines.linewidth": 1.2,
-}
-
 Floats = NDArray[np.floating]
 Curves = dict[str, tuple[NDArray[np.int64], Floats]]  # TensorBoard tag -> steps and values
 Blocks = dict[str, tuple[NDArray[np.datetime64], dict[str, Floats]]]  # title -> times [M] and forecasts [M, F]

@@ -1,49 +1,14 @@
 """The words and tables of a report: sections of blocks, which the templates render."""
 
 import inspect
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 from flashlab.btc.bars import FEATURES
 from flashlab.btc.baselines import BASELINES
 from flashlab.btc.metrics import COMPARISONS, ROWS, TITLES, comparisons, number, real_error, time_range, verdicts
+from flashlab.report import Picture, Section, Table, Text, Verdicts, flatten
 
 FEW_BLOCKS = 10
-
-
-@dataclass(frozen=True)
-class Text:
-    kind: ClassVar = "text"
-    text: str
-
-
-@dataclass(frozen=True)
-class Verdicts:
-    kind: ClassVar = "verdicts"
-    lines: list[tuple[str, str]]  # verdict and sentence
-
-
-@dataclass(frozen=True)
-class Table:
-    kind: ClassVar = "table"
-    caption: str
-    header: tuple[str, ...]
-    rows: list[tuple[str, ...]]
-    align: str  # a letter a column: l or r
-
-
-@dataclass(frozen=True)
-class Picture:
-    kind: ClassVar = "picture"
-    name: str
-    caption: str
-
-
-@dataclass(frozen=True)
-class Section:
-    title: str
-    blocks: list[Text | Verdicts | Table | Picture]
 
 
 def sections(metrics: dict[str, Any], pictures: set[str]) -> list[Section]:
@@ -122,7 +87,7 @@ def sections(metrics: dict[str, Any], pictures: set[str]) -> list[Section]:
                 )
             ],
         ),
-        Section("The run", [Table("", ("what", "value"), list(_flat(metrics.get("run", {}))), align="ll")]),
+        Section("The run", [Table("", ("what", "value"), list(flatten(metrics.get("run", {}))), align="ll")]),
     ]
 
 
@@ -177,14 +142,6 @@ def _losses(pictures: set[str]) -> Text | Picture:
         "Losses over the optimiser's steps. Pale: single batches; line: their moving average over a hundredth of the "
         "run. The circle marks the lowest validation loss.",
     )
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    for key, value in values.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", number(value, ".4g") if isinstance(value, float) else str(value)
 
 
 def _capital(words: str) -> str:
