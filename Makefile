@@ -26,7 +26,7 @@ ifeq ($(filter data/simulated.csv.gz,$(DATA))$(wildcard $(DATA)),)
   $(error DATA=$(DATA): there is no such file; check the path, or download the public bars with `flashlab data fetch`)
 endif
 
-.PHONY: help train test lint format doctor tensorboard data clean clean-all FORCE
+.PHONY: help train check bench test lint format doctor tensorboard data clean clean-all FORCE
 
 help:
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -37,6 +37,13 @@ train: $(SET)/manifest.json ## set up, prepare, train, evaluate, report; DATA=ba
 	$(FLASHLAB) train $(CONFIG:%=--config %) --data.path $(SET) --run $(RUN) --resume $(ARGS)
 	$(FLASHLAB) evaluate $(RUN)
 	$(FLASHLAB) report $(RUN)
+
+check: $(INSTALLED) ## compare every attention backend that runs here with the reference
+	$(FLASHLAB) check $(ARGS)
+
+bench: $(INSTALLED) ## measure the attention backends and draw the report; resumes a sweep
+	$(FLASHLAB) bench sweep --config examples/attention_bench/$(if $(HAS_GPU),h200,cpu).yaml --out runs/attention $(ARGS)
+	$(FLASHLAB) report runs/attention
 
 test: $(INSTALLED) ## run the tests that need no GPU, no Docker and little time
 	$(BIN)/pytest -n logical --maxprocesses 4 -m "not slow and not docker and not gpu" $(ARGS)

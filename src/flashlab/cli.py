@@ -23,13 +23,18 @@ from flashlab.errors import UserError
 
 COMMANDS = {
     "doctor": ("flashlab.doctor:doctor", "say what this machine has, what will be used and what is wrong"),
+    "check": ("flashlab.check.check:check", "compare every attention backend with the reference"),
+    "backends": ("flashlab.support:backends", "list which backend supports what on this machine, and why not"),
+    "bench sweep": ("flashlab.bench.sweep:sweep", "measure attention over lengths, head dimensions, masks and backends"),
+    "bench": ("flashlab.bench.bench:bench", "measure one attention call, forward and backward"),
+    "tune": ("flashlab.bench.tune:tune", "measure this machine once, so that `auto` chooses well on it"),
     "data fetch": ("flashlab.btc.fetch:fetch", "download the public Bitcoin minute bars"),
     "data simulate": ("flashlab.btc.simulate:simulate", "write realistic minute bars from a seed number"),
     "data prepare": ("flashlab.btc.prepare:prepare", "clean minute bars into the set that training reads"),
     "data describe": ("flashlab.btc.describe:describe", "say what a CSV or a prepared set holds, with a plot"),
     "train": ("flashlab.btc.train:train", "train the minute-bar forecaster"),
     "evaluate": ("flashlab.btc.evaluate:evaluate", "score a trained forecaster beside its baselines"),
-    "report": ("flashlab.btc.report:report", "draw and write the report of an evaluated run"),
+    "report": ("flashlab.btc.report:report", "draw and write the report of an evaluated run or of a sweep"),
     "results": ("flashlab.results:results", "write the result files' numbers into README.md and docs"),
 }
 

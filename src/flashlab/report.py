@@ -7,7 +7,7 @@ pictures, and report.md, which links to them, are the same words, tables and pic
 import base64
 import io
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -68,7 +68,7 @@ class Table:
     kind: ClassVar = "table"
     caption: str
     header: tuple[str, ...]
-    rows: list[tuple[str, ...]]
+    rows: Sequence[tuple[str, ...]]
     align: str  # a letter a column: l or r
 
 

@@ -15,8 +15,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from flashlab.bench.analysis import describe_machine, read
+from flashlab.bench.claims import claims, markdown, published, sweep_tables
 from flashlab.btc.metrics import COMPARISONS, TITLES, comparisons, load_metrics, number, time_range
 from flashlab.errors import UserError, writing
+from flashlab.report import Table
 
 FOLDER = Path("assets/results")
 OPENING = re.compile(r"^<!-- results: .*$", re.MULTILINE)
@@ -121,5 +124,28 @@ def interruptions(path: Path) -> str:
     return f"Killed: {len(rows)} runs ({places}). Resumed, and equal to an uninterrupted run bit for bit: {alike}.\n"
 
 
+def check(path: Path) -> str:
+    """Count what `flashlab check` found, backend by backend."""
+    record = read(path, "attention_check", f"flashlab check --json {path}")
+    counts: dict[str, Counter[str]] = {}
+    for row in record["rows"]:
+        counts.setdefault(row["backend"], Counter())[row["status"]] += 1
+    statuses = ["ok", "unsupported", "wrong"]
+    statuses += sorted({status for found in counts.values() for status in found} - set(statuses))
+    rows = [(f"`{backend}`", *(f"{found[status]:,}" for status in statuses)) for backend, found in counts.items()]
+    bare = sum(row["status"] == "unsupported" and not row.get("reason") for row in record["rows"])
+    without = "each with its reason" if not bare else f"{bare:,} of them without a reason"
+    told = f"{len(record['rows']):,} calls on {describe_machine(record)}; what is unsupported is refused, {without}."
+    return f"\n{told}\n\n" + markdown(Table("", ("Backend", *statuses), rows, "l" + "r" * len(statuses)))
+
+
 # name of a renderer -> function of the files its block names
-RENDERERS: dict[str, Callable[..., str]] = {"btc": btc, "prepare": prepare, "interruptions": interruptions}
+RENDERERS: dict[str, Callable[..., str]] = {
+    "btc": btc,
+    "check": check,
+    "claims": claims,
+    "interruptions": interruptions,
+    "prepare": prepare,
+    "published": published,
+    "sweep": sweep_tables,
+}

@@ -1,10 +1,10 @@
 """What ``backend="auto"`` runs: the fastest backend where calls like this one were measured, else a fixed order.
 
-Tables of measurements are looked up in this order: the one that `flashlab tune` keeps for this machine, then the one that
-comes with the package for this GPU, or for a GPU of the same compute capability. A table ranks the plain calls:
-sequences of one length, full or causal. Its nearest cell answers for the rest (see `_nearest`); batch size and heads
-are left out, since both only multiply the same work. Windows, soft caps, ALiBi, packed sequences and causal masks with
-Sq != Sk are ranked among the flash-attn packages alone, whose kernels compute them as they compute a plain call.
+Two tables of measurements are looked up: the one that `flashlab tune` keeps for this machine, then the one that comes
+with the package for this GPU, or for a GPU of the same compute capability. They rank the plain calls: sequences of one
+length, full or causal. The nearest measured call answers for the others (see `_nearest`); batch size and heads are left
+out, since both only multiply the same work. Windows, soft caps, ALiBi, packed sequences and causal masks with Sq != Sk
+are ranked among the flash-attn packages alone, whose kernels compute them as they compute a plain call.
 """
 
 import json
@@ -35,13 +35,13 @@ PACKAGES = ("flash-attn", "flash_attn_3", "flash-attn-4")  # distributions whose
 # Where nothing was measured: what is used most comes first, since it is tested most. `standard` refuses nothing.
 _FLASH_ATTN = ("flash_attention_2", "flash_attention_3", "flash_attention_4")
 _SDPA = ("sdpa_flash", "sdpa_efficient", "sdpa_cudnn")
-_LAST = ("sdpa_math", "standard")
+LAST = ("sdpa_math", "standard")  # they keep all Sq x Sk scores
 ORDER = {
-    "cuda": (*_FLASH_ATTN, *_SDPA, "flex_attention", *_LAST),
-    "cpu": ("sdpa_flash", *_LAST),  # flex_attention would compile for seconds, and has no backward pass
+    "cuda": (*_FLASH_ATTN, *_SDPA, "flex_attention", *LAST),
+    "cpu": ("sdpa_flash", *LAST),  # torch runs flex_attention uncompiled there
 }
 # FlexAttention skips what a mask hides; torch's other kernels get the mask as a tensor of Sq x Sk.
-MASKED_ORDER = {"cuda": (*_FLASH_ATTN, "flex_attention", *_SDPA, *_LAST), "cpu": ORDER["cpu"]}
+MASKED_ORDER = {"cuda": (*_FLASH_ATTN, "flex_attention", *_SDPA, *LAST), "cpu": ORDER["cpu"]}
 NOT_MEASURED = "fixed order: nothing like it was measured"
 
 
@@ -73,16 +73,15 @@ class Cell(NamedTuple):
 class Table(NamedTuple):
     """What was measured on one device, and (backend, dtype, head_dim) of what the check calls wrong there."""
 
-    device: str
-    capability: tuple[int, ...]
     key: dict[str, str]
+    capability: str | None
     cells: tuple[Cell, ...]
     wrong: frozenset[tuple[str, str, int]]
 
 
 def choose(spec: AttentionSpec) -> Choice:
     """Choose the backend of a call: the fastest measured one that can run it, never one that was wrong here."""
-    refused = []
+    refused: list[tuple[str, str]] = []
     for name, source, wrong in _candidates(spec):
         reason = "the check called it wrong here" if wrong else backends.why_not(name, spec)
         if reason is None:
@@ -93,7 +92,8 @@ def choose(spec: AttentionSpec) -> Choice:
 
 def _candidates(spec: AttentionSpec) -> Iterator[tuple[str, str, bool]]:
     """Yield each backend once: its name, where its rank comes from, and whether it is known to be wrong."""
-    masked, ranked = _is_masked(spec), {}
+    masked = _is_masked(spec)
+    ranked: dict[str, str] = {}
     wrong: set[tuple[str, str, int]] = set()
     kinds = {(_name(spec.dtype), spec.head_dim)}
     for origin, table in _tables(spec.device):
@@ -102,13 +102,21 @@ def _candidates(spec: AttentionSpec) -> Iterator[tuple[str, str, bool]]:
         if cell is not None and not ranked:
             kinds.add((cell.dtype, cell.head_dim))
             source = f"{origin}: head_dim {cell.head_dim}, length {cell.seqlen}"
-            ranking = [name for name in cell.ranking if name in _FLASH_ATTN or not masked]
-            ranked = {name: source for name in ranking if name in backends.BACKENDS}
-    for name in (MASKED_ORDER if masked else ORDER).get(spec.device.type, _LAST):
+            ranking = [name for name in cell.ranking if name in (_FLASH_ATTN if masked else backends.BACKENDS)]
+            ranked = {name: source for name in ranking if may_lead(name, spec.seqlen_k, spec.head_dim)}
+    for name in (MASKED_ORDER if masked else ORDER).get(spec.device.type, LAST):
         if name in backends.BACKENDS:
             ranked.setdefault(name, NOT_MEASURED)
     for name, source in ranked.items():
         yield name, source, name != "standard" and any((name, *kind) in wrong for kind in kinds)
+
+
+def may_lead(name: str, seqlen_k: int, head_dim: int) -> bool:
+    """Say whether speed alone ranks a backend: not where it keeps scores that take twice the memory of q, k, v and out.
+
+    Faster by some percent is not worth memory that grows with the square of the length.
+    """
+    return name not in LAST or seqlen_k <= 8 * head_dim
 
 
 def _is_masked(spec: AttentionSpec) -> bool:
@@ -122,8 +130,8 @@ def _nearest(table: Table, spec: AttentionSpec) -> Cell | None:
 
     Mask and pass must be the same; float16 and bfloat16 stand for each other, since tensor cores run both alike. The
     head dimension is the next measured one from this on, since kernels pad to a few sizes. The length is the nearest by
-    ratio to that of a square call with as many scores. Decoding and lengths below a quarter of the shortest measured are
-    another regime, where launching counts more than computing: they have no cell. Long calls have one, as rankings settle.
+    ratio to that of a square call with as many scores. Decoding and lengths below a quarter of the shortest measured
+    have no cell, since launching counts more there than computing; long calls have one, since rankings settle.
     """
     mask = "causal" if spec.causal else "full"
     alike = [
@@ -159,12 +167,17 @@ def _tables(device: torch.device) -> tuple[tuple[str, Table], ...]:
     if (tuned := _load_tuned(device)) is not None:
         tables.append(("measured on this machine", tuned))
     if device.type == "cuda":
-        key, capability = device_key(device), torch.cuda.get_device_capability(device)
+        name, capability = device_key(device)["device"], "{}.{}".format(*torch.cuda.get_device_capability(device))
         shipped = [parse(path.read_text(encoding="utf-8")) for path in sorted(SHIPPED.glob("*.json"))]
-        same = [table for table in shipped if table.device == key["device"]]
+        same = [table for table in shipped if table.key["device"] == name]
         alike = [table for table in shipped if table.capability == capability]
-        tables += [(f"measured on {table.device}", table) for table in (same or alike)[:1]]
+        tables += [(f"measured on {table.key['device']}", table) for table in (same or alike)[:1]]
     return tuple(tables)
+
+
+def forget() -> None:
+    """Forget the loaded tables; the next choice reads what is there then."""
+    _tables.cache_clear()
 
 
 def _load_tuned(device: torch.device) -> Table | None:
@@ -199,14 +212,14 @@ def parse(text: str) -> Table:
             bool(row["needs_grad"]),
             int(row["head_dim"]),
             int(row["seqlen"]),
-            tuple(sorted(row["backends"], key=row["backends"].__getitem__)),
+            tuple(row["backends"].keys()),
         )
         for row in found["rows"]
     )
     if any(cell.seqlen < 1 for cell in cells):
         raise ValueError("a length below 1")
     wrong = frozenset((row["backend"], row["dtype"], int(row["head_dim"])) for row in found["wrong"])
-    return Table(found["device"], tuple(found["capability"] or ()), dict(found["key"]), cells, wrong)
+    return Table(dict(found["key"]), found["capability"], cells, wrong)
 
 
 @cache

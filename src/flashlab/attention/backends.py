@@ -7,7 +7,7 @@ from typing import NamedTuple
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 
-from flashlab.attention import flash, reference, sdpa
+from flashlab.attention import flash, flex, reference, sdpa, tiled
 from flashlab.attention.spec import AttentionSpec
 
 
@@ -39,7 +39,7 @@ def _flash(version: int) -> Backend:
         partial(flash.attention, version),
         partial(flash.why_not, version),
         partial(flash.attention_packed, version),
-        partial(flash.attention_with_kvcache, version),
+        None if version == 4 else partial(flash.attention_with_kvcache, version),
     )
 
 
@@ -47,6 +47,7 @@ BACKENDS: dict[str, Backend] = {
     "standard": Backend(
         reference.attention, reference.why_not, reference.attention_packed, reference.attention_with_kvcache
     ),
+    "tiled": Backend(tiled.attention, tiled.why_not, tiled.attention_packed, tiled.attention_with_kvcache),
     "sdpa_math": _sdpa(SDPBackend.MATH),
     "sdpa_efficient": _sdpa(SDPBackend.EFFICIENT_ATTENTION),
     "sdpa_flash": _sdpa(SDPBackend.FLASH_ATTENTION),
@@ -54,6 +55,7 @@ BACKENDS: dict[str, Backend] = {
     "flash_attention_2": _flash(2),
     "flash_attention_3": _flash(3),
     "flash_attention_4": _flash(4),
+    "flex_attention": Backend(flex.attention, flex.why_not, flex.attention_packed, flex.attention_with_kvcache),
 }
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -12,7 +12,14 @@ from flashlab.attention.spec import AttentionSpec
 Row = dict[str, Any]
 
 # The plain call that every feature changes.
-PLAIN = {"batch_size": 2, "seqlen_q": 512, "seqlen_k": 512, "num_heads": 8, "num_kv_heads": 8, "head_dim": 64}
+PLAIN: dict[str, Any] = {
+    "batch_size": 2,
+    "seqlen_q": 512,
+    "seqlen_k": 512,
+    "num_heads": 8,
+    "num_kv_heads": 8,
+    "head_dim": 64,
+}
 FEATURES: dict[str, dict[str, Any]] = {
     "full": {},
     "causal": {"causal": True},
@@ -35,8 +42,7 @@ FEATURES: dict[str, dict[str, Any]] = {
     "float16": {"dtype": torch.float16},
     "bfloat16": {"dtype": torch.bfloat16},
     "float32": {"dtype": torch.float32},
-    "float64": {"dtype": torch.float64},
-    **{f"head_dim {head_dim}": {"head_dim": head_dim} for head_dim in (32, 64, 80, 96, 128, 192, 256, 320)},
+    **{f"head_dim {head_dim}": {"head_dim": head_dim} for head_dim in (32, 64, 96, 128, 192, 256)},
 }
 
 
@@ -47,7 +53,9 @@ def examine(device: torch.device) -> list[Row]:
         A row for each pair: its status is "ok", "forward only" (no gradients, for the reason given) or "unsupported".
     """
     plain = AttentionSpec(**PLAIN, dtype=torch.bfloat16, device=device)
-    return [_ask(name, feature, replace(plain, **FEATURES[feature])) for feature in FEATURES for name in backends.BACKENDS]
+    return [
+        _ask(name, feature, replace(plain, **FEATURES[feature])) for feature in FEATURES for name in backends.BACKENDS
+    ]
 
 
 def _ask(name: str, feature: str, spec: AttentionSpec) -> Row:
@@ -59,41 +67,50 @@ def _ask(name: str, feature: str, spec: AttentionSpec) -> Row:
     return {"feature": feature, "backend": name, "status": status, "reason": reason}
 
 
-def summarise(rows: Iterable[Row]) -> tuple[list[list[str]], list[str], list[str]]:
-    """Lay the rows out as a table whose cells say "ok", "forward" or nothing, with the number of a reason.
+class Summary(NamedTuple):
+    """The support table, laid out.
 
-    A backend that supports nothing for one reason has no column.
-
-    Returns:
-        The lines of the table, its header first; the reasons, of which the first has number 1; a sentence for each
-        backend without a column.
+    Attributes:
+        header: The backends that support anything.
+        lines: A feature and its cells: "ok", "forward" (no gradients) or nothing, with the number of the reason.
+        reasons: The reasons, the first of which has number 1.
+        absent: A sentence for the backends that support nothing, with their reason for the plainest call.
     """
+
+    header: list[str]
+    lines: list[list[str]]
+    reasons: list[str]
+    absent: list[str]
+
+
+def summarise(rows: Iterable[Row]) -> Summary:
+    """Lay the rows of `examine` out as a table."""
     cells = {(row["feature"], row["backend"]): row for row in rows}
     features, names = (list(dict.fromkeys(pair[index] for pair in cells)) for index in (0, 1))
-    absent = {
-        name: reasons.pop()
-        for name in names
-        if len(reasons := {row["reason"] for (_, of), row in cells.items() if of == name}) == 1 and None not in reasons
-    }
-    shown = [name for name in names if name not in absent]
+    shown = [name for name in names if any(cells[feature, name]["status"] == "ok" for feature in features)]
+    absent: dict[str, list[str]] = {}
+    for name in names:
+        if name not in shown:
+            absent.setdefault(cells[features[0], name]["reason"], []).append(name)
     reasons: dict[str, int] = {}
-    lines = [["", *shown]]
+    lines = []
     for feature in features:
-        line = [feature]
+        lines.append([feature])
         for name in shown:
             row = cells[feature, name]
-            mark = {"ok": "ok", "forward only": "forward", "unsupported": ""}[row["status"]]
+            mark = {"ok": "ok", "forward only": "forward ", "unsupported": ""}[row["status"]]
             number = "" if row["reason"] is None else f"({reasons.setdefault(row['reason'], len(reasons) + 1)})"
-            line.append(f"{mark} {number}".strip())
-        lines.append(line)
-    return lines, list(reasons), [f"{name}: {reason}" for name, reason in absent.items()]
+            lines[-1].append(mark + number)
+    return Summary(shown, lines, list(reasons), [f"{', '.join(who)}: {reason}" for reason, who in absent.items()])
 
 
 def markdown(rows: Iterable[Row]) -> str:
     """Write the support table as Markdown."""
-    (header, *lines), reasons, absent = summarise(rows)
-    table = [[f"`{name}`" if name else "" for name in header], ["---"] * len(header), *lines]
+    header, lines, reasons, absent = summarise(rows)
+    table = [["", *(f"`{name}`" for name in header)], ["---"] * (len(header) + 1), *lines]
     parts = ["".join(f"| {' | '.join(line)} |\n" for line in table)]
-    parts += ["\n", *(f"{number}. {reason}\n" for number, reason in enumerate(reasons, 1))] if reasons else []
-    parts += ["\nNot here:\n\n", *(f"- {sentence}\n" for sentence in absent)] if absent else []
+    if reasons:
+        parts.append("\n" + "".join(f"{number}. {reason}\n" for number, reason in enumerate(reasons, 1)))
+    if absent:
+        parts.append("\nNot on this machine:\n\n" + "".join(f"- {sentence}\n" for sentence in absent))
     return "".join(parts)

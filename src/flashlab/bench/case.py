@@ -20,8 +20,8 @@ class Case:
     """Describe one self-attention workload by plain values, which go into result files as they are.
 
     Attributes:
-        mask: "full", "causal", "window:256" (causal, each query sees itself and the 256 keys before it) or
-            "blocks:0.25" (a quarter of the 128 x 128 blocks of scores, chosen at random, the diagonal always among them).
+        mask: "full", "causal", "window:256" (causal; a query sees itself and the 256 keys before it) or "blocks:0.25"
+            (a quarter of the 128 x 128 blocks of scores, chosen at random, the diagonal always among them).
     """
 
     batch_size: int

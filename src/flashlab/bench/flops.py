@@ -65,10 +65,10 @@ def visible_share(
         )
         pairs = int((block_mask.cpu() * rows[:, None] * columns).sum())
         return pairs / (seqlen_q * seqlen_k) / (2 if causal else 1)
-    left, right = window_size[0], 0 if causal else window_size[1]
-    if left < 0:
-        return 0.5 if causal else _pairs(seqlen_q, seqlen_k, left, right) / (seqlen_q * seqlen_k)
-    return _pairs(seqlen_q, seqlen_k, left, right) / (seqlen_q * seqlen_k)
+    left, right = window_size
+    if causal and left < 0:
+        return 0.5
+    return _pairs(seqlen_q, seqlen_k, left, 0 if causal else right) / (seqlen_q * seqlen_k)
 
 
 def _pairs(seqlen_q: int, seqlen_k: int, left: int, right: int) -> int:

@@ -143,7 +143,7 @@ def _draw(bars: Bars, path: Path, title: str) -> None:
     from matplotlib.dates import AutoDateLocator, ConciseDateFormatter
     from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
-    from flashlab.btc.figures import STYLE
+    from flashlab.report import STYLE
 
     first, span = int(bars.minute[0]), _span(bars)
     bucket_name, minutes = next((name, size) for name, size in BUCKETS.items() if span <= size * MOST_POINTS)

@@ -22,6 +22,7 @@ HIGH, LOW = FEATURES.index("high"), FEATURES.index("low")
 BLOCK_MINUTES = 120
 TRUTH, MODEL, LOST = "#4d4d4d", "#0072b2", "#b3261e"
 BASELINES = {"persistence": "#e69f00", "last_close": "#009e73", "ar120": "#cc79a7"}
+
 Floats = NDArray[np.floating]
 Curves = dict[str, tuple[NDArray[np.int64], Floats]]  # TensorBoard tag -> steps and values
 Blocks = dict[str, tuple[NDArray[np.datetime64], dict[str, Floats]]]  # title -> times [M] and forecasts [M, F]

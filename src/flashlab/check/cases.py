@@ -4,7 +4,7 @@ A case is its name, and its name is a case: nine words from which the same input
 """
 
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Container
 from dataclasses import dataclass, replace
 from itertools import combinations, product
 from typing import Any, NamedTuple
@@ -12,12 +12,25 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from flashlab.attention.reference import visible
 from flashlab.attention.spec import BLOCK_SIZE, Options
 from flashlab.errors import UserError
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 HEAD_DIMS = (32, 64, 96, 128, 192, 256)
-LENGTHS = ("1x1", "1x129", "37x37", "127x127", "128x128", "129x129", "33x300", "300x33", "129x257", "2048x2048")
+LENGTHS = (
+    "1x1",
+    "1x129",
+    "37x37",
+    "127x127",
+    "128x128",
+    "129x129",
+    "33x300",
+    "300x33",
+    "129x257",
+    "1x2048",
+    "2048x2048",
+)
 MASKS = ("full", "causal", "window:40:0", "window:25:17", "blocks:0.5", "causal+blocks:0.5")
 HEADS = ("h4kv4", "h6kv2", "h4kv1")
 FEATURES = ("plain", "scale", "softcap", "alibi", "deterministic")
@@ -89,7 +102,9 @@ class Inputs(NamedTuple):
         v: Like k.
         grad_out: Like q.
         options: How scores become weights.
-        seqlens: Lengths of the packed sequences (q, k); for a cache the filled places, twice; else empty.
+        layout: As the case's.
+        seqlens_q: The lengths of packed sequences.
+        seqlens_k: The lengths of packed sequences, or the filled places of a cache.
         new: Keys and values ``[B, Sn, Hkv, D]`` to append to the cache, or None.
     """
 
@@ -98,8 +113,10 @@ class Inputs(NamedTuple):
     v: Tensor
     grad_out: Tensor
     options: Options
-    seqlens: tuple[list[int], list[int]] = ([], [])
-    new: tuple[Tensor, Tensor] | None = None
+    layout: str
+    seqlens_q: list[int]
+    seqlens_k: list[int]
+    new: tuple[Tensor, Tensor] | None
 
     def to(self, dtype: torch.dtype) -> "Inputs":
         q, k, v, grad_out = (x.to(dtype) for x in self[:4])
@@ -142,82 +159,79 @@ def make_inputs(case: Case, device: torch.device) -> Inputs:
     """Make the inputs of a case, the same ones on every machine."""
     generator = torch.Generator().manual_seed(zlib.crc32(case.name.encode()))
     (seqlen_q, seqlen_k), (num_heads, num_kv_heads) = case.seqlens, case.num_heads
-    seqlens: tuple[list[int], list[int]] = ([], [])
-    rows_q: tuple[int, ...] = (2, seqlen_q)
-    rows_k: tuple[int, ...] = (2, seqlen_k)
+    batch_size = 1 if seqlen_q * seqlen_k > 2**20 else 3 if case.is_cache else 2
+    rows_q, rows_k = (batch_size, seqlen_q), (batch_size, seqlen_k)
+    seqlens_q, seqlens_k = [seqlen_q] * batch_size, [seqlen_k] * batch_size
     if case.layout == "packed":
-        seqlens = _shorter(seqlen_q), _shorter(seqlen_k)
-        rows_q, rows_k = (sum(seqlens[0]),), (sum(seqlens[1]),)
+        seqlens_q, seqlens_k = _shorter(seqlen_q), _shorter(seqlen_k)
+        rows_q, rows_k = (1, sum(seqlens_q)), (1, sum(seqlens_k))
     elif case.is_cache:
-        num_new = seqlen_q if case.layout == "append" else 0
-        filled = [seqlen_k - num_new, (seqlen_k - num_new) // 2, 0 if num_new else 1]
-        seqlens = filled, filled
-        rows_q, rows_k = (3, seqlen_q), (3, seqlen_k)
+        room = seqlen_k - seqlen_q if case.layout == "append" else seqlen_k
+        seqlens_k = [room, room // 2, 0 if case.layout == "append" else 1][:batch_size]
 
-    def normal(rows: tuple[int, ...], heads: int) -> Tensor:
+    def normal(rows: tuple[int, int], heads: int) -> Tensor:
         return torch.randn(*rows, heads, case.head_dim, generator=generator)
 
-    q, k, v, grad_out = (normal(*shape) for shape in ((rows_q, num_heads), *[(rows_k, num_kv_heads)] * 2, (rows_q, num_heads)))
-    new = (normal(rows_q, num_kv_heads), normal(rows_q, num_kv_heads)) if case.layout == "append" else None
+    q, grad_out = normal(rows_q, num_heads), normal(rows_q, num_heads)
+    k, v = normal(rows_k, num_kv_heads), normal(rows_k, num_kv_heads)
+    new_k, new_v = normal(rows_q, num_kv_heads), normal(rows_q, num_kv_heads)
     q = q * 2.0 ** (torch.arange(num_heads) % 4 - 1)[:, None]
-    if case.values == "huge":
-        q, k = q * 8, k * 8
-    elif case.values == "overflow":
-        q, k = q * 128, k * 128
+    if case.values in ("huge", "overflow"):
+        factor = 8 if case.values == "huge" else 128
+        q, k, new_k = q * factor, k * factor, new_k * factor
     elif case.values == "nan":
-        q.view(-1, num_heads, case.head_dim)[-1, 0] = torch.nan  # the last query of the last sequence
-        k[_bad_key(case)] = torch.nan
+        q[-1, -1, 0] = k[_spoiled_key(case)] = torch.nan
     elif case.values == "nan_value":
-        v[_bad_key(case)] = torch.nan
+        v[_spoiled_key(case)] = torch.nan
     elif case.values == "inf":
-        k[_bad_key(case)][0] = torch.inf
+        k[_spoiled_key(case)][0] = torch.inf
     if case.is_cache:
-        for x in (k, v):  # what stands in places that are not filled must not matter
-            for row, filled_places in zip(x, seqlens[0], strict=True):
-                row[filled_places:] = torch.nan if case.values == "stale" else 100.0
+        for b, filled in enumerate(seqlens_k):  # what was never written, or is to be overwritten, must not matter
+            k[b, filled:] = v[b, filled:] = torch.nan if case.values == "stale" else 100.0
 
-    dtype = DTYPES[case.dtype]
-    q, k, v, grad_out = (x.to(device, dtype) for x in (q, k, v, grad_out))
-    if new is not None:
-        new = new[0].to(device, dtype), new[1].to(device, dtype)
-    return Inputs(q, k, v, grad_out, _options(case, generator, device), seqlens, new)
+    packed = case.layout == "packed"
+    q, grad_out, k, v, new_k, new_v = (
+        (x[0] if packed else x).to(device, DTYPES[case.dtype]) for x in (q, grad_out, k, v, new_k, new_v)
+    )
+    new = (new_k, new_v) if case.layout == "append" else None
+    return Inputs(q, k, v, grad_out, _options(case, generator, device), case.layout, seqlens_q, seqlens_k, new)
 
 
 def _shorter(seqlen: int) -> list[int]:
-    """Pack three sequences: one row, a short one, and the longest last, where it is dropped first."""
+    """Pack three sequences: one row, a short one, and the longest."""
     return [1, max(seqlen // 3, 1), seqlen]
 
 
-def _bad_key(case: Case) -> tuple[int, int, int]:
-    """Place what is not a number in one key of one head of the first sequence."""
+def _spoiled_key(case: Case) -> tuple[int, int, int]:
+    """Choose the key [b, j, h] that is NaN or holds infinity."""
     return 0, case.seqlens[1] // 3, 0
 
 
-def bad_outputs(case: Case, inputs: Inputs, sees: Tensor) -> tuple[Tensor, Tensor]:
-    """Say which outputs a NaN or an infinity among the inputs must spoil, and which it may.
+def spoiled_outputs(case: Case, options: Options, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Say which outputs are no numbers where one of the inputs is none.
 
     Args:
         case: A dense case.
-        inputs: Its inputs.
-        sees: bool ``[Sq, Sk]``: the keys that each query sees.
+        options: Its options, on the device.
+        device: Where the outputs are.
 
     Returns:
-        Two bool tensors of the output's shape ``[B, Sq, H, D]``: must not be a number, and may be anything.
+        Two bool tensors ``[B, Sq, H, 1]``: the outputs that must be NaN, and those that may be NaN as well: of
+        queries that read the head but do not see the key. Kernels mask by adding -inf to a score or by giving a weight
+        of 0, and NaN - inf and 0 * NaN are NaN.
     """
-    must, may = (torch.zeros(inputs.q.shape, dtype=torch.bool, device=inputs.q.device) for _ in range(2))
     num_heads, num_kv_heads = case.num_heads
-    batch, key, _ = _bad_key(case)
-    readers = slice(0, num_heads // num_kv_heads)  # the heads that read key/value head 0
-    if case.values in ("nan", "nan_value"):
-        must[batch, sees[:, key], readers] = True
+    batch, key, _ = _spoiled_key(case)
+    must, may = (torch.zeros(2, case.seqlens[0], num_heads, 1, dtype=torch.bool) for _ in range(2))
+    readers = slice(0, num_heads // num_kv_heads)  # the query heads that read key/value head 0
+    sees = visible(*case.seqlens, options, device)
+    sees_it = torch.ones(case.seqlens[0], 1, dtype=torch.bool) if sees is None else sees[:, key, None].cpu()
+    may[batch, :, readers, 0] = ~sees_it
+    if case.values != "inf":  # what infinity spoils depends on the query
+        must[batch, :, readers, 0] = sees_it
     if case.values == "nan":
         must[-1, -1, 0] = True
-    if case.values == "nan_value":  # a kernel multiplies masked values by 0, and 0 * NaN is NaN
-        may[batch, :, readers] = True
-    if case.values == "inf":  # a score of -inf is a weight of 0, a score of inf is no number
-        plus = (inputs.q[batch, :, readers, 0] > 0) & sees[:, key, None]
-        must[batch, :, readers] = plus[:, :, None]
-    return must, may & ~must
+    return must.to(device), may.to(device)
 
 
 def _options(case: Case, generator: torch.Generator, device: torch.device) -> Options:
@@ -257,6 +271,103 @@ def _mask(
         elif kind == "blocks" and len(numbers) == 1:
             shape = [-(-seqlen // BLOCK_SIZE) for seqlen in seqlens]
             block_mask = torch.rand(shape, generator=generator) < float(numbers[0])
+            block_mask[-1, 0], block_mask[0, -1] = False, True  # never equal to its transpose
         elif word != "full":
             raise ValueError(mask)
     return causal, window_size, block_mask
+
+
+def _is_possible(case: Case) -> bool:
+    """Leave out the combinations for which the interface has no words."""
+    seqlen_q, seqlen_k = case.seqlens
+    if case.values == "overflow" and case.dtype != "float16":
+        return False
+    if case.values == "stale" and not case.is_cache:
+        return False
+    if case.values in ("nan", "nan_value", "inf", "overflow") and case.layout != "dense":
+        return False
+    if "blocks" in case.mask and case.layout != "dense":
+        return False
+    if case.is_cache:
+        return case.feature != "deterministic" and case.values in ("normal", "huge", "stale") and seqlen_q <= seqlen_k
+    return True
+
+
+def quick_cases() -> list[Case]:
+    """Choose the cases that show every fault that tests/check/test_faults.py plants, in few kinds of calls.
+
+    A backend that compiles takes seconds for each kind: dtype, head_dim, mask, heads, feature and layout.
+    """
+    main = Case(mask="causal", heads="h6kv2")  # h3kv1 where it is long: the same group size
+    full = Case("float16", 128)
+    return [
+        *(replace(main, lengths=lengths) for lengths in ("1x1", "1x129", "127x127", "129x129", "33x300", "300x33")),
+        *(replace(main, values=values) for values in ("huge", "nan", "nan_value", "inf")),
+        *(replace(full, lengths=lengths) for lengths in ("37x37", "128x128", "129x257")),
+        replace(full, lengths="1x2048"),
+        replace(full, values="overflow"),
+        *(replace(main, feature=feature) for feature in ("scale", "softcap", "deterministic")),
+        replace(main, feature="alibi", lengths="129x257"),  # causal and square, a wrong shift would cancel
+        *(replace(main, mask=mask) for mask in MASKS[2:]),
+        replace(main, heads="h4kv1"),
+        replace(main, layout="packed"),
+        *(replace(main, layout="append", lengths=lengths) for lengths in ("1x2048", "37x300")),
+        replace(main, layout="append", lengths="1x129", values="stale"),
+        replace(main, layout="read", lengths="1x129"),
+        replace(main, lengths="2048x2048", heads="h3kv1"),
+        *(replace(main, dtype=dtype, head_dim=head_dim) for head_dim in HEAD_DIMS for dtype in DTYPES),
+        *(Case("float32", lengths="129x257", feature=feature) for feature in FEATURES),
+        *(replace(main, dtype="float32", mask=mask, lengths="129x257") for mask in MASKS),
+        *(replace(main, dtype="float32", layout=layout) for layout in LAYOUTS),
+    ]
+
+
+def full_cases() -> list[Case]:
+    """Cross the factors where that is cheap, and cover every pair of their levels."""
+    dtypes = tuple(DTYPES)
+    cases = [
+        *quick_cases(),
+        *(Case(*words) for words in product(dtypes, HEAD_DIMS, ["129x257"], MASKS, ["h6kv2"])),
+        *(Case(*words) for words in product(["bfloat16", "float32"], [64], LENGTHS, MASKS, ["h4kv4"])),
+        *(Case(*words) for words in product(["float16"], [64], ["129x129"], MASKS, HEADS, FEATURES)),
+        *(
+            Case(*words)
+            for words in product(dtypes, [64, 128], ["129x129"], MASKS, ["h6kv2"], ["plain"], ["dense"], VALUES)
+        ),
+        *covering_cases(),
+    ]
+    return [case for case in dict.fromkeys(cases) if _is_possible(case)]
+
+
+def covering_cases() -> list[Case]:
+    """Cover every possible pair of levels of two factors, with few cases."""
+    factors = {
+        "dtype": tuple(DTYPES),
+        "head_dim": HEAD_DIMS,
+        "lengths": LENGTHS,
+        "mask": MASKS,
+        "heads": HEADS,
+        "feature": FEATURES,
+        "layout": LAYOUTS,
+    }
+    levels = [(factor, level) for factor, known in factors.items() for level in known]
+    missing = dict.fromkeys(  # a set that keeps its order
+        pair for pair in combinations(levels, 2) if pair[0][0] != pair[1][0] and _is_possible(Case(**dict(pair)))
+    )
+    cases = []
+    while missing:
+        chosen: dict[str, Any] = dict(next(iter(missing)))
+        for factor, known in factors.items():
+            if factor not in chosen:
+                possible = [level for level in known if _is_possible(Case(**chosen, **{factor: level}))]
+                chosen[factor] = max(possible, key=lambda level: _count(missing, chosen, (factor, level)))
+        case = Case(**chosen)
+        cases.append(case)
+        for pair in combinations([(factor, chosen[factor]) for factor in factors], 2):
+            missing.pop(pair, None)
+    return cases
+
+
+def _count(missing: Container[Any], chosen: dict[str, Any], level: tuple[str, Any]) -> int:
+    pairs = ((level, other) for other in chosen.items())
+    return sum((a, b) in missing or (b, a) in missing for a, b in pairs)

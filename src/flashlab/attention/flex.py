@@ -1,0 +1,376 @@
+"""torch's flex_attention: a kernel that torch.compile writes for the masks and biases it is asked for.
+
+On a GPU every kind of call is compiled once, which takes seconds: a kind is the options, the shapes and strides, the
+dtype and the device; of a packed batch not the number of rows. On the CPU torch runs it uncompiled, on the full matrix
+of scores, without a backward pass: that serves to compare results, not to compute.
+"""
+
+import shutil
+import sysconfig
+from collections.abc import Callable
+from functools import cache, lru_cache
+from importlib.util import find_spec
+from itertools import count
+from os import environ
+from pathlib import Path
+from types import FunctionType
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+from flashlab.attention.reference import window
+from flashlab.attention.spec import BLOCK_SIZE, AttentionSpec, Cache, Options, Packing
+from flashlab.errors import UserError
+
+_UNLIMITED = 2**29  # a window that reaches past every key, and still adds to an index in int32
+_ADDRESSABLE = 2**31  # elements of one sequence that the kernels can count: their row offsets are int32
+_COPIES = count()
+
+
+class _Rows(NamedTuple):
+    """What is particular to each query of a packed batch (where B is 1) or of a cache: int ``[B, Sq]`` each.
+
+    Attributes:
+        first: The first key that the query sees.
+        end: The key after the last that it sees.
+        diagonal: The key at distance 0 from it, seen or not.
+    """
+
+    first: Tensor
+    end: Tensor
+    diagonal: Tensor
+
+
+class _Kind(NamedTuple):
+    """The options that are compiled into a kernel; `left` and `right` count only without `_Rows`."""
+
+    softmax_scale: float
+    softcap: float
+    left: int
+    right: int
+    slopes_by_row: bool
+    kernel_options: tuple[tuple[str, Any], ...]
+
+
+class _Tables(NamedTuple):
+    """The blocks of scores that the kernels visit, as torch's BlockMask holds them: by queries, and by keys."""
+
+    kv_num_blocks: Tensor
+    kv_indices: Tensor
+    full_kv_num_blocks: Tensor | None
+    full_kv_indices: Tensor | None
+    q_num_blocks: Tensor
+    q_indices: Tensor
+    full_q_num_blocks: Tensor | None
+    full_q_indices: Tensor | None
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, options: Options) -> Tensor:
+    """Run flex_attention on sequences of one length.
+
+    Args:
+        q: ``[B, Sq, H, D]``.
+        k: ``[B, Sk, Hkv, D]``.
+        v: ``[B, Sk, Hkv, D]``.
+        options: How scores become weights.
+    """
+    seqlen_q, seqlen_k, block_mask = q.shape[1], k.shape[1], options.block_mask
+    left, right = _window(options)
+    tables = None
+    if block_mask is not None:
+        tables = _dense_tables(seqlen_q, seqlen_k, left, right, q.device, block_mask)
+    elif left < seqlen_k - 1 or right < seqlen_q - 1:
+        build = _dense_tables if torch.compiler.is_compiling() else _remembered_tables
+        tables = build(seqlen_q, seqlen_k, left, right, q.device)
+    kind = _Kind(options.softmax_scale, options.softcap, left, right, False, _kernel_options(q, k))
+    return _run(kind, q, k, v, options.alibi_slopes, tables, None, block_mask)
+
+
+def attention_packed(q: Tensor, k: Tensor, v: Tensor, packing: Packing, options: Options) -> Tensor:
+    """Run flex_attention on sequences of several lengths in a row, as one sequence with a mask.
+
+    Args:
+        q: ``[Tq, H, D]``.
+        k: ``[Tk, Hkv, D]``.
+        v: ``[Tk, Hkv, D]``.
+        packing: Where the sequences begin and end.
+        options: How scores become weights.
+
+    Raises:
+        UserError: the rows are more than the kernel can count.
+    """
+    if max(q.numel(), k.numel()) >= _ADDRESSABLE:
+        raise UserError(
+            f"flex_attention takes fewer than 2**31 elements in packed q, k or v; got {q.numel():,} and {k.numel():,}: "
+            "split the batch"
+        )
+    ends_q, ends_k = packing.cu_seqlens_q, packing.cu_seqlens_k
+    row = torch.arange(q.shape[0], dtype=torch.int32, device=q.device)
+    sequence = torch.searchsorted(ends_q[1:], row, right=True).clamp_(max=ends_q.shape[0] - 2)
+    last = sequence + 1
+    rows = _rows(row + (ends_k - ends_q)[last], ends_k[sequence], ends_k[last], options)
+    rows = _Rows(*(x[None] for x in rows))
+    tables = _tables(rows.first, rows.end, k.shape[0])
+    slopes = options.alibi_slopes
+    if slopes is not None and slopes.dim() == 2:
+        slopes = slopes[sequence]
+    kind = _Kind(options.softmax_scale, options.softcap, 0, 0, True, _kernel_options(q[None], k[None]))
+    return _run(kind, q[None], k[None], v[None], slopes, tables, rows, None)[0]
+
+
+def attention_with_kvcache(q: Tensor, k_cache: Tensor, v_cache: Tensor, cache: Cache, options: Options) -> Tensor:
+    """Append to a key-value cache and attend to its filled places.
+
+    Args:
+        q: ``[B, Sq, H, D]``.
+        k_cache: ``[B, Smax, Hkv, D]``, changed in place.
+        v_cache: ``[B, Smax, Hkv, D]``, changed in place.
+        cache: What to append, and where.
+        options: How scores become weights, with Sk the number of filled places.
+    """
+    filled = cache.append(k_cache, v_cache)[:, None]
+    seqlen_q, places = q.shape[1], k_cache.shape[1]
+    row = torch.arange(seqlen_q, dtype=torch.int32, device=q.device)
+    rows = _rows(row + (filled - seqlen_q), torch.zeros_like(filled), filled, options)
+    # flex_decoding shares the blocks of one list out evenly; of two it shares out the places, filled or not.
+    tables = _tables(rows.first, rows.end, places, one_list=_is_decoding(q, k_cache))
+    kind = _Kind(options.softmax_scale, options.softcap, 0, 0, False, _kernel_options(q, k_cache))
+
+    # Places that were never written may hold anything, and a weight of 0 times NaN is NaN. Those of them that are read,
+    # in the last block, hold zeros while the kernel runs. On the CPU torch reads them all.
+    batch, place = (torch.arange(n, device=q.device) for n in (q.shape[0], places))
+    if q.device.type != "cpu":
+        last_block = (filled.long() - 1).clamp(min=0) // BLOCK_SIZE * BLOCK_SIZE
+        place = (last_block + torch.arange(BLOCK_SIZE, device=q.device)).clamp(max=places - 1)
+    held = v_cache[batch[:, None], place]
+    v_cache[batch[:, None], place] = held.where((place < filled)[:, :, None, None], 0.0)
+    try:
+        return _run(kind, q, k_cache, v_cache, options.alibi_slopes, tables, rows, None)
+    finally:
+        v_cache[batch[:, None], place] = held
+
+
+def _window(options: Options) -> tuple[int, int]:
+    left, right = (_UNLIMITED if size < 0 else min(size, _UNLIMITED) for size in window(options))
+    return left, right
+
+
+def _rows(diagonal: Tensor, start: Tensor, end: Tensor, options: Options) -> _Rows:
+    """Narrow the keys from start to end, of which a query at the diagonal could see each, by the window."""
+    left, right = _window(options)
+    return _Rows(torch.maximum(start, diagonal - left), torch.minimum(end, diagonal + (right + 1)), diagonal)
+
+
+@lru_cache(maxsize=32)
+def _remembered_tables(seqlen_q: int, seqlen_k: int, left: int, right: int, device: torch.device) -> _Tables:
+    with torch.inference_mode(False):  # what is made in inference mode could not be used for training later
+        return _dense_tables(seqlen_q, seqlen_k, left, right, device)
+
+
+def _dense_tables(
+    seqlen_q: int, seqlen_k: int, left: int, right: int, device: torch.device, block_mask: Tensor | None = None
+) -> _Tables:
+    diagonal = torch.arange(seqlen_q, dtype=torch.int32, device=device)[None] + (seqlen_k - seqlen_q)
+    first, end = (diagonal - left).clamp(min=0), (diagonal + (right + 1)).clamp(max=seqlen_k)
+    return _tables(first, end, seqlen_k, block_mask)
+
+
+def _tables(
+    first: Tensor, end: Tensor, seqlen_k: int, block_mask: Tensor | None = None, one_list: bool = False
+) -> _Tables:
+    """List the blocks of scores that the kernels visit, from the first visible key of each query and the end.
+
+    A block is full when each of its queries sees each of its keys: there the kernels apply no mask. The work is
+    Sq + Sq / 128 * Sk / 128, where torch's create_block_mask tries every pair of query and key.
+
+    Args:
+        first: ``[B, Sq]``.
+        end: ``[B, Sq]``.
+        seqlen_k: The number of keys.
+        block_mask: bool ``[ceil(Sq / 128), ceil(Sk / 128)]``: the blocks that may be listed.
+        one_list: List full blocks with the others.
+    """
+    batch_size, seqlen_q = first.shape
+    missing = -seqlen_q % BLOCK_SIZE  # queries: they see nothing, so that no block with one of them is full
+    first = F.pad(first, (0, missing), value=seqlen_k + BLOCK_SIZE).view(batch_size, 1, -1, 1, BLOCK_SIZE)
+    end = F.pad(end, (0, missing)).view(batch_size, 1, -1, 1, BLOCK_SIZE)
+    key = torch.arange(0, seqlen_k, BLOCK_SIZE, dtype=torch.int32, device=first.device)
+    some = (first.amin(-1) < key + BLOCK_SIZE) & (end.amax(-1) > key)
+    full = (first.amax(-1) <= key) & (end.amin(-1) >= key + BLOCK_SIZE)
+    if block_mask is not None:
+        some, full = some & block_mask, full & block_mask
+    if one_list:
+        return _Tables(*_list(some), None, None, *_list(some.mT), None, None)
+    partly = some & ~full
+    return _Tables(*_list(partly), *_list(full), *_list(partly.mT), *_list(full.mT))
+
+
+def _list(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """Count the true entries of each row ``[..., R, C]``, and give their columns before those of the others."""
+    rank, others = blocks.cumsum(-1), (~blocks).cumsum(-1)
+    number = rank[..., -1:]
+    place = torch.where(blocks, rank, number + others) - 1
+    column = torch.arange(blocks.shape[-1], dtype=torch.int32, device=blocks.device).expand(blocks.shape)
+    indices = torch.empty(blocks.shape, dtype=torch.int32, device=blocks.device).scatter_(-1, place, column)
+    return number[..., 0].to(torch.int32, memory_format=torch.contiguous_format), indices
+
+
+def _is_decoding(q: Tensor, k: Tensor) -> bool:
+    """Say whether torch's kernel for few queries, flex_decoding, runs: it splits the keys among more programs.
+
+    It packs the queries of a group of heads into one tile. torch 2.10 to 2.13 fail where that is more than a block, and
+    2.10 where head_dim is no power of two.
+    """
+    groups, head_dim = q.shape[2] // k.shape[2], q.shape[3]
+    return q.shape[1] * groups <= BLOCK_SIZE // 2 and groups & (groups - 1) == 0 and head_dim & (head_dim - 1) == 0
+
+
+def _kernel_options(q: Tensor, k: Tensor) -> tuple[tuple[str, Any], ...]:
+    options: dict[str, Any] = {}
+    decoding = _is_decoding(q, k)
+    if not decoding:
+        options["FORCE_USE_FLEX_ATTENTION"] = True
+    if q.dtype == torch.float32:
+        options["FLOAT32_PRECISION"] = "'ieee'"  # torch's default since 2.9 is tf32, of 10 bits
+        # torch's tiles for float32 are made for head_dim 64, 128 and 256 of a few GPUs, and do not fit others.
+        options |= {"fwd_BLOCK_N": 32, "fwd_num_stages": 1} | ({} if decoding else {"fwd_BLOCK_M": 32})
+    return tuple(options.items())
+
+
+def _run(
+    kind: _Kind,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    slopes: Tensor | None,
+    tables: _Tables | None,
+    rows: _Rows | None,
+    block_mask: Tensor | None,
+) -> Tensor:
+    if not torch.is_grad_enabled():  # on the CPU torch refuses what could have gradients, even if none are asked for
+        q, k, v = q.detach(), k.detach(), v.detach()
+    slopes = None if slopes is None else slopes.detach()
+    q, k, v = _within_reach(q), _within_reach(k), _within_reach(v)
+    if torch.compiler.is_compiling():  # the kernel becomes a part of the caller's graph
+        return _attend(kind, q, k, v, slopes, tables, rows, block_mask)
+    packed = kind.slopes_by_row
+    shapes = tuple((x.shape[2:] if packed else x.shape, x.stride()[packed:], x.requires_grad) for x in (q, k, v))
+    # The number of rows of a packed batch may change from call to call, but 1 is always compiled by itself.
+    small = packed and (q.shape[1] == k.shape[1], q.shape[1] <= BLOCK_SIZE, k.shape[1] <= BLOCK_SIZE)
+    tensors = (slopes is None or slopes.dim(), tables is None or tables.full_kv_indices is None, block_mask is None)
+    attend = _compiled(kind, shapes, small, tensors, q.dtype, q.device, torch.is_grad_enabled())
+    return attend(kind, q, k, v, slopes, tables, rows, block_mask)
+
+
+def _within_reach(x: Tensor) -> Tensor:
+    """Copy a view whose rows lie so far apart that the kernels' offsets of 32 bits would overflow.
+
+    Source: https://github.com/pytorch/pytorch/issues/190857
+    """
+    if x.shape[1] * x.stride(1) < _ADDRESSABLE:
+        return x
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+@lru_cache(maxsize=256)
+def _compiled(kind: _Kind, shapes: Any, small: Any, tensors: Any, *others: Any) -> Callable[..., Tensor]:
+    """Prepare `_attend` for one kind of call.
+
+    torch.compile keeps what it compiled with the code object, eight versions of it, and then fails. A copy of the code
+    for each kind of call keeps the kinds apart.
+    """
+    code = _attend.__code__.replace(co_name=f"flex_attention_{next(_COPIES)}")
+    device = others[1]
+    backend = "inductor" if device.type == "cuda" else "eager"
+    dynamic = None if kind.slopes_by_row else False
+    return torch.compile(FunctionType(code, globals()), fullgraph=True, dynamic=dynamic, backend=backend)
+
+
+def _attend(
+    kind: _Kind,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    slopes: Tensor | None,
+    tables: _Tables | None,
+    rows: _Rows | None,
+    block_mask: Tensor | None,
+) -> Tensor:
+    if not torch.compiler.is_compiling():  # uncompiled it would need memory for all scores, and say nothing
+        raise UserError(
+            "flex_attention needs torch.compile, which is switched off here (TORCH_COMPILE_DISABLE, stance)"
+        )
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    shift = k.shape[2] - q.shape[2]
+
+    def score_mod(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        if kind.softcap > 0:
+            score = kind.softcap * torch.tanh(score / kind.softcap)
+        if slopes is not None:
+            slope = slopes[h] if slopes.dim() == 1 else slopes[i if kind.slopes_by_row else b, h]
+            diagonal = i + shift if rows is None else rows.diagonal[b, i]
+            score = score - slope * (diagonal - j).abs()
+        return score
+
+    def mask_mod(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        if rows is not None:
+            return (j >= rows.first[b, i]) & (j < rows.end[b, i])
+        distance = i + shift - j
+        seen = (distance <= kind.left) & (distance >= -kind.right)
+        if block_mask is not None:  # the kernels visit only these blocks; torch's dense form knows only this function
+            seen = seen & block_mask[i // BLOCK_SIZE, j // BLOCK_SIZE]
+        return seen
+
+    blocks = None
+    if tables is not None:
+        blocks = BlockMask((q.shape[2], k.shape[2]), *tables, (BLOCK_SIZE, BLOCK_SIZE), mask_mod)
+    kernel_options: Any = dict(kind.kernel_options)
+    out = flex_attention(
+        q,
+        k,
+        v,
+        score_mod=score_mod if kind.softcap > 0 or slopes is not None else None,
+        block_mask=blocks,
+        scale=kind.softmax_scale,
+        enable_gqa=q.shape[1] != k.shape[1],
+        kernel_options=kernel_options,
+    )
+    return out.transpose(1, 2)
+
+
+def why_not(spec: AttentionSpec) -> str | None:
+    """Say why flex_attention cannot run a call."""
+    if spec.device.type not in ("cuda", "cpu"):
+        return f"it needs a CUDA device or the CPU; the inputs are on {spec.device}"
+    if spec.device.type == "cpu":
+        return "torch has no backward pass of it on the CPU" if spec.needs_grad else None
+    if spec.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return f"it computes in float16, bfloat16 or float32; the inputs are {spec.dtype}".replace("torch.", "")
+    if not 16 <= spec.head_dim <= 256:
+        return f"it takes head_dim from 16 to 256; got {spec.head_dim}"
+    if spec.head_dim % 8:
+        return f"it takes head_dim in multiples of 8; got {spec.head_dim}"
+    if max(spec.seqlen_q * spec.num_heads, spec.seqlen_k * spec.num_kv_heads) * spec.head_dim >= _ADDRESSABLE:
+        return "its kernels count the elements of a sequence in 32 bits; these are 2**31 or more"
+    if (problem := _compiler_problem()) is not None:
+        return problem
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device (`flashlab doctor` says why)"
+    if (capability := torch.cuda.get_device_capability(spec.device)) < (8, 0):
+        return "it needs an Ampere GPU or newer (compute capability 8.0); this one has {}.{}".format(*capability)
+    return None
+
+
+@cache
+def _compiler_problem() -> str | None:
+    """Say what torch.compile lacks to make kernels for a GPU, or return None."""
+    if find_spec("triton") is None:
+        return "torch.compile needs the package triton, which is not installed"
+    if not (environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+        return "torch.compile needs a C compiler, and there is no gcc or clang on the PATH"
+    if not Path(sysconfig.get_path("include"), "Python.h").exists():
+        return "torch.compile needs Python's headers, and there is no Python.h (the package python3-dev has it)"
+    return None

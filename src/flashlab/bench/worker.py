@@ -1,0 +1,91 @@
+"""A process that runs functions, so that one that crashes, hangs or spoils the GPU takes nothing else with it."""
+
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable
+from contextlib import suppress
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+# Set before anything is imported there: kernels that are compiled stay on the disk, and compiling stays in the process.
+ENVIRONMENT = {"FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+
+
+class WorkerLost(Exception):  # noqa: N818 - it is the worker that is lost, whatever the error was
+    """The process died or took too long; `signal_number` says what ended it, where something did."""
+
+    def __init__(self, message: str, signal_number: int | None = None) -> None:
+        super().__init__(message)
+        self.signal_number = signal_number
+
+
+class Worker:
+    """A process that waits for calls and answers them one by one.
+
+    Args:
+        log: File to which everything goes that it or a library prints.
+    """
+
+    def __init__(self, log: Path) -> None:
+        context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
+        self.connection, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(theirs, log), daemon=True)
+        self._process.start()
+        theirs.close()
+
+    def call(self, function: Callable[..., Any], *arguments: Any, timeout_s: float, **options: Any) -> Any:
+        """Run a module's function there and return what it returns; raises what `receive` raises."""
+        self.send(function, *arguments, **options)
+        return self.receive(timeout_s)
+
+    def send(self, function: Callable[..., Any], *arguments: Any, **options: Any) -> None:
+        """Start a call; `receive` gives its answer, and `connection` can be waited on."""
+        with suppress(ConnectionError):  # it is dead, which `receive` says
+            self.connection.send((function, arguments, options))
+
+    def receive(self, timeout_s: float | None = None) -> Any:
+        """Wait for the answer to the last call.
+
+        Raises:
+            WorkerLost: the process died, or has not answered in time and was ended.
+            Exception: whatever the function raised.
+        """
+        try:
+            if not self.connection.poll(timeout_s):
+                self.stop()
+                raise WorkerLost(f"took longer than {timeout_s:g} s")
+            answer, error = self.connection.recv()
+        except (EOFError, ConnectionError):
+            self._process.join()
+            code = self._process.exitcode or 0
+            ended = f"ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+            raise WorkerLost(f"its process was {ended}", -code if code < 0 else None) from None
+        if error is not None:
+            raise error
+        return answer
+
+    def stop(self) -> None:
+        """End the process at once."""
+        self._process.kill()
+        self._process.join()
+
+
+def _serve(pipe: Connection, log: Path) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
+    with log.open("ab", buffering=0) as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    while True:
+        try:
+            function, arguments, options = pipe.recv()
+        except EOFError:  # the parent is gone
+            return
+        try:
+            answer, error = function(*arguments, **options), None
+        except Exception as raised:
+            answer, error = None, raised
+        pipe.send((answer, error))

@@ -1,0 +1,72 @@
+"""`flashlab backends`: what each attention backend supports on this machine, printed and written into the docs."""
+
+import os
+import re
+from json import dumps
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from flashlab import results
+from flashlab.attention import support
+from flashlab.errors import UserError, writing
+from flashlab.machine import provenance
+
+PAGE = Path("docs/attention.md")
+
+
+def backends(*, device: Literal["auto", "cpu", "cuda"] = "auto", json: Path | None = None, docs: bool = False) -> None:
+    """Say which attention backend supports what on this machine, and why not.
+
+    Args:
+        device: Where the calls would run; auto is the GPU if there is one.
+        json: Write the facts to this file as well.
+        docs: Write them to assets/results as well, and their table into docs/attention.md.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch sees no CUDA device (`flashlab doctor` says why)")
+    if docs and not PAGE.is_file():
+        raise UserError(f"--docs: there is no {PAGE} here: run it in the project's root folder")
+    name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
+    rows = support.examine(torch.device(device))
+    _print(name, rows)
+    targets = [json] if json else []
+    if docs:
+        targets.append(results.FOLDER / f"support_{re.sub(r'[^a-z0-9]+', '_', name.lower())}.json")
+    facts = {**provenance("attention_support"), "device": name, "call": support.PLAIN, "rows": rows}
+    for path in targets:
+        _write(path, facts)
+    if docs:
+        block = f"<!-- results: support {targets[-1].name} -->"
+        if block not in PAGE.read_text(encoding="utf-8"):
+            raise UserError(f"{PAGE} has no place for the table: write {block} and below it <!-- /results -->")
+        results.results()
+
+
+def _print(device: str, rows: list[support.Row]) -> None:
+    summary = support.summarise(rows)
+    table = Table("", *(name.replace("_", "_\n") for name in summary.header), title=device, box=None)
+    for line in summary.lines:
+        table.add_row(*line)
+    console = Console()
+    console.print(table)
+    for number, reason in enumerate(summary.reasons, 1):
+        console.print(f"({number}) {reason}", markup=False, highlight=False)
+    for sentence in summary.absent:
+        console.print(f"not here: {sentence}", markup=False, highlight=False)
+
+
+def _write(path: Path, facts: dict[str, Any]) -> None:
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    with writing(path):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial.write_text(dumps(facts, indent=1) + "\n", encoding="utf-8")
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)

@@ -1,0 +1,52 @@
+import math
+import os
+import signal
+import time
+
+import pytest
+
+from flashlab.bench.worker import Worker, WorkerLost
+
+
+@pytest.fixture
+def worker(tmp_path):
+    worker = Worker(tmp_path / "log")
+    yield worker
+    worker.stop()
+
+
+def test_it_answers_and_passes_on_what_a_function_raises(worker):
+    assert worker.call(math.hypot, 3, 4, timeout_s=30) == 5
+    with pytest.raises(ValueError, match="invalid literal"):
+        worker.call(int, "x", timeout_s=30)
+    assert worker.call(os.getenv, "FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", timeout_s=30) == "1"
+
+
+def test_what_is_printed_there_goes_to_the_log(worker, tmp_path, capfd):
+    worker.call(os.system, "echo from a kernel; echo and its errors >&2", timeout_s=30)
+    worker.call(print, "from Python", flush=True, timeout_s=30)
+    assert (tmp_path / "log").read_text() == "from a kernel\nand its errors\nfrom Python\n"
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("function", "argument", "says"),
+    [
+        (os.abort, None, "ended by SIGABRT"),
+        (signal.raise_signal, signal.SIGSEGV, "ended by SIGSEGV"),
+        (os._exit, 3, "ended with exit code 3"),
+        (time.sleep, 60, "took longer than 1 s"),
+    ],
+)
+def test_a_process_that_is_lost_says_how(worker, function, argument, says):
+    worker.call(math.sqrt, 4, timeout_s=30)  # it has started
+    with pytest.raises(WorkerLost, match=says):
+        worker.call(function, *() if argument is None else (argument,), timeout_s=1)
+    with pytest.raises(WorkerLost):
+        worker.call(math.sqrt, 4, timeout_s=1)
+
+
+def test_ctrl_c_is_the_parents_affair(worker):
+    pid = worker.call(os.getpid, timeout_s=30)
+    os.kill(pid, signal.SIGINT)
+    assert worker.call(os.getpid, timeout_s=30) == pid
