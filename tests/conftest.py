@@ -6,6 +6,12 @@ from flashlab.btc.prepare import prepare
 from flashlab.btc.simulate import simulate_bars
 
 
+@pytest.fixture(autouse=True)
+def no_tuned_table(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep what `flashlab tune` measured on this machine from changing what `auto` chooses in tests."""
+    monkeypatch.setenv("FLASHLAB_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
 @pytest.fixture(scope="session")
 def bars_csv(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three days of simulated minute bars, with the gaps that they come with."""

@@ -25,14 +25,18 @@ SNAPSHOT = Path(__file__).with_name("cli.txt")
 README = ROOT / "README.md"
 PAGES = [README, *sorted([*ROOT.glob("C*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/**/*.md")])]
 
-COMMAND_OF_EXAMPLES = {"btc_forecast": "train"}  # folder of examples/ -> the command that takes its YAML files
+COMMAND_OF_EXAMPLES = {"btc_forecast": "train", "attention_bench": "bench sweep"}  # folder of examples/ -> the command that takes its YAML files
 MAY_IMPORT = {  # part of the package -> the parts it may import
     "errors": set(),
     "attention": {"errors"},
     "machine": {"attention"},
     "doctor": {"machine"},
-    "btc": {"attention", "errors", "machine"},
-    "results": {"btc", "errors"},
+    "check": {"attention", "errors", "machine"},
+    "bench": {"attention", "errors", "machine", "report"},
+    "btc": {"attention", "errors", "machine", "report"},
+    "report": {"bench", "btc", "errors"},
+    "results": {"attention", "bench", "btc", "errors"},
+    "support": {"attention", "errors", "machine", "results"},
     "cli": {"errors"},
     "__main__": {"cli"},
 }

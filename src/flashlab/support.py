@@ -30,22 +30,24 @@ def backends(*, device: Literal["auto", "cpu", "cuda"] = "auto", json: Path | No
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch sees no CUDA device (`flashlab doctor` says why)")
-    if docs and not PAGE.is_file():
-        raise UserError(f"--docs: there is no {PAGE} here: run it in the project's root folder")
     name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
+    kept = results.FOLDER / f"support_{re.sub(r'[^a-z0-9]+', '_', name.lower())}.json"
+    if docs:
+        _check_page(f"<!-- results: support {kept.name} -->")
     rows = support.examine(torch.device(device))
     _print(name, rows)
-    targets = [json] if json else []
-    if docs:
-        targets.append(results.FOLDER / f"support_{re.sub(r'[^a-z0-9]+', '_', name.lower())}.json")
     facts = {**provenance("attention_support"), "device": name, "call": support.PLAIN, "rows": rows}
-    for path in targets:
+    for path in ([json] if json else []) + ([kept] if docs else []):
         _write(path, facts)
     if docs:
-        block = f"<!-- results: support {targets[-1].name} -->"
-        if block not in PAGE.read_text(encoding="utf-8"):
-            raise UserError(f"{PAGE} has no place for the table: write {block} and below it <!-- /results -->")
         results.results()
+
+
+def _check_page(block: str) -> None:
+    if not PAGE.is_file():
+        raise UserError(f"--docs: there is no {PAGE} here: run it in the project's root folder")
+    if block not in PAGE.read_text(encoding="utf-8"):
+        raise UserError(f"{PAGE} has no place for the table: write {block} and below it <!-- /results -->")
 
 
 def _print(device: str, rows: list[support.Row]) -> None:

@@ -22,7 +22,7 @@ PICTURES = {
     "traffic",
     "blocks",
 }
-FEW = {"lengths": (512, 1024, 2048), "head_dims": (64,), "masks": ("full", "causal"), "passes": ("forward",)}
+FEW = {"lengths": (512, 1024, 2048), "head_dims": (64,), "masks": ("full",), "passes": ("forward",)}
 
 
 def write(folder, sweep):
@@ -35,7 +35,7 @@ def write(folder, sweep):
 def reported(tmp_path_factory):
     """A sweep with its report, as HTML and as Markdown without its escapes."""
     folder = tmp_path_factory.mktemp("sweeps") / "trial"
-    sweep = write(folder, build_sweep())
+    sweep = write(folder, build_sweep(head_dims=(64, 256), masks=("full", "causal", "blocks:0.25", "blocks:0.5")))
     assert main(["report", str(folder)]) == 0
     markdown = (folder / "report.md").read_text()
     return sweep, folder, (folder / "report.html").read_text(), re.sub(r"\\([_*|<>#\[\]])", r"\1", markdown)
@@ -52,7 +52,7 @@ def test_a_whole_sweep_has_every_picture(reported):
 
 def test_words_follow_from_the_rows(reported):
     sweep, _, html, markdown = reported
-    assert "Fastest forward: flash_attention_4 in 24 of 36 cells, at lengths 2,048 to 16,384;" in markdown
+    assert "Fastest forward: flash_attention_4 in 16 of 24 cells, at lengths 2,048 to 16,384;" in markdown
     choices = analysis.auto_choices(sweep)
     said = (
         f"in {len(choices) - 1} of {len(choices)} cells; worst: 0.929 (flash_attention_4 where sdpa_cudnn is fastest:"
@@ -62,10 +62,10 @@ def test_words_follow_from_the_rows(reported):
     assert re.search(r'<li class="loses">Cells with wrong results, which were not timed: tiled 3\.', html)
     assert re.search(r'<td class="r loses">FA4 0\.93 loses</td>', html)
     assert (
-        "| unsupported | flash_attention_3 | 324 | everywhere | flash_attention_3 is not installed | see *doctor* |"
+        "| unsupported | flash_attention_3 | 144 | everywhere | flash_attention_3 is not installed | see *doctor* |"
         in (markdown)
     )
-    assert "| missing | sdpa_efficient | 18 | head dim 256; length 16,384 |" in markdown
+    assert "| missing | sdpa_efficient | 12 | head dim 256; length 16,384 |" in markdown
     assert re.search(r"\| oom \| standard \| \d+ \| causal, full; lengths 4,096 to 16,384 \|", markdown)
 
 
@@ -77,13 +77,13 @@ def test_words_change_with_the_rows(tmp_path):
     write(tmp_path, sweep)
     assert main(["report", str(tmp_path / "sweep.json")]) == 0
     markdown = (tmp_path / "report.md").read_text().replace("\\", "")
-    assert "Fastest forward: sdpa_efficient in 6 of 6 cells, at lengths 512 to 2,048." in markdown
-    assert "auto reaches 0.97 of the fastest backend's speed or more in 0 of 6 cells" in markdown
+    assert "Fastest forward: sdpa_efficient in 3 of 3 cells, at lengths 512 to 2,048." in markdown
+    assert "auto reaches 0.97 of the fastest backend's speed or more in 0 of 3 cells" in markdown
 
 
 def test_crossings_lie_where_the_lines_meet(reported):
     sweep, *_ = reported
-    table = analysis.panels(analysis.wide(sweep, "forward"))[("bfloat16", 128, 16, 16, "full")]
+    table = analysis.panels(analysis.wide(sweep, "forward"))[("bfloat16", 256, 8, 8, "full")]
     start, turns = analysis.crossings(table["flex_attention"], table["flash_attention_2"])
     assert start == "behind"
     assert turns == [pytest.approx(1900, rel=0.05)]  # 0.6 / (1 + 500 / S) = 0.55 / (1 + 300 / S)
@@ -128,7 +128,7 @@ def test_block_sparse_time_is_fitted(tmp_path):
         row["latency_ms"] = 3 + 7 * float(row["mask"].removeprefix("blocks:"))
         row["tflops_per_s"] = flops / row["latency_ms"]
     fits = analysis.block_fits(write(tmp_path, sweep))
-    assert len(fits) == 3
+    assert len(fits) == 3  # lengths
     np.testing.assert_allclose(fits[["dense_ms", "fixed", "r2"]], [[10, 0.3, 1]] * 3, rtol=1e-3)
 
 
@@ -161,6 +161,14 @@ def test_a_sweep_without_ceilings_and_traffic_is_reported(tmp_path):
     write(tmp_path, sweep)
     assert main(["report", str(tmp_path)]) == 0
     assert not {"roofline.png", "traffic.png"} & {path.name for path in (tmp_path / "images").iterdir()}
+
+
+def test_panels_of_one_head_dim_are_told_apart(tmp_path):
+    sweep = build_sweep(**FEW)
+    half = [row | {"num_heads": 16, "num_kv_heads": 4, "dtype": "float16"} for row in sweep["rows"]]
+    loaded = write(tmp_path, sweep | {"rows": sweep["rows"] + half})
+    names = [analysis.panel_name(panel, loaded) for panel in analysis.panels(analysis.wide(loaded, "forward"))]
+    assert names == ["head dim 64, full, bfloat16, 32 heads", "head dim 64, full, float16, 16 heads, 4 for k and v"]
 
 
 def test_of_a_cell_measured_twice_the_later_row_counts(tmp_path):

@@ -105,8 +105,7 @@ def _candidates(spec: AttentionSpec) -> Iterator[tuple[str, str, bool]]:
             ranking = [name for name in cell.ranking if name in (_FLASH_ATTN if masked else backends.BACKENDS)]
             ranked = {name: source for name in ranking if may_lead(name, spec.seqlen_k, spec.head_dim)}
     for name in (MASKED_ORDER if masked else ORDER).get(spec.device.type, LAST):
-        if name in backends.BACKENDS:
-            ranked.setdefault(name, NOT_MEASURED)
+        ranked.setdefault(name, NOT_MEASURED)
     for name, source in ranked.items():
         yield name, source, name != "standard" and any((name, *kind) in wrong for kind in kinds)
 

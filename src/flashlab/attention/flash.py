@@ -53,18 +53,15 @@ def attention_with_kvcache(
     """Append to a key-value cache and attend to its filled places.
 
     Args:
-        version: 2, 3 or 4.
+        version: 2 or 3.
         q: ``[B, Sq, H, D]``.
         k_cache: ``[B, Smax, Hkv, D]``, changed in place.
         v_cache: ``[B, Smax, Hkv, D]``, changed in place.
         cache: What to append, and where.
         options: How scores become weights, with Sk the number of filled places.
     """
-    keywords = _keywords(version, options._replace(deterministic=False))
-    if version == 4:  # it has no call that appends
-        filled = cache.append(k_cache, v_cache)
-        return _out(_module(4).flash_attn_varlen_func(q, k_cache, v_cache, seqused_k=filled, **keywords))
-    del keywords["deterministic"]
+    keywords = _keywords(version, options)
+    del keywords["deterministic"]  # there is no backward pass
     run = _module(version).flash_attn_with_kvcache
     return _out(run(q, k_cache, v_cache, k=cache.k, v=cache.v, cache_seqlens=cache.seqlens, **keywords))
 
@@ -114,6 +111,8 @@ def why_not(version: int, spec: AttentionSpec) -> str | None:
         return f"flash-attn {version} takes no block mask here; flex_attention does"
     if spec.alibi and version > 2:
         return f"flash-attn {version} has no ALiBi"
+    if spec.layout == "cache" and version == 4:
+        return "flash-attn 4 reads places of a cache that were never written, and has no call that appends"
     if (problem := import_problem(version)) is not None:
         return problem
     if not torch.cuda.is_available():

@@ -30,28 +30,13 @@ _ADDRESSABLE = 2**31  # elements of one sequence that the kernels can count: the
 _COPIES = count()
 
 
-class _Rows(NamedTuple):
-    """What is particular to each query of a packed batch (where B is 1) or of a cache: int ``[B, Sq]`` each.
-
-    Attributes:
-        first: The first key that the query sees.
-        end: The key after the last that it sees.
-        diagonal: The key at distance 0 from it, seen or not.
-    """
-
-    first: Tensor
-    end: Tensor
-    diagonal: Tensor
-
-
 class _Kind(NamedTuple):
-    """The options that are compiled into a kernel; `left` and `right` count only without `_Rows`."""
+    """The options that are compiled into a kernel."""
 
     softmax_scale: float
     softcap: float
     left: int
     right: int
-    slopes_by_row: bool
     kernel_options: tuple[tuple[str, Any], ...]
 
 
@@ -77,16 +62,14 @@ def attention(q: Tensor, k: Tensor, v: Tensor, options: Options) -> Tensor:
         v: ``[B, Sk, Hkv, D]``.
         options: How scores become weights.
     """
-    seqlen_q, seqlen_k, block_mask = q.shape[1], k.shape[1], options.block_mask
-    left, right = _window(options)
+    # Only without gradients: those of short sequences were seen to be NaN, https://github.com/SHI-Labs/NATTEN/pull/203
+    kind = _kind(q, options, decoding=not torch.is_grad_enabled() and _has_few_queries(q, k))
+    seqlen_q, seqlen_k = q.shape[1], k.shape[1]
     tables = None
-    if block_mask is not None:
-        tables = _dense_tables(seqlen_q, seqlen_k, left, right, q.device, block_mask)
-    elif left < seqlen_k - 1 or right < seqlen_q - 1:
-        build = _dense_tables if torch.compiler.is_compiling() else _remembered_tables
-        tables = build(seqlen_q, seqlen_k, left, right, q.device)
-    kind = _Kind(options.softmax_scale, options.softcap, left, right, False, _kernel_options(q, k))
-    return _run(kind, q, k, v, options.alibi_slopes, tables, None, block_mask)
+    if options.block_mask is None and (kind.left < seqlen_k - 1 or kind.right < seqlen_q - 1):
+        build = _band_tables if torch.compiler.is_compiling() else _remembered_tables
+        tables = build(seqlen_q, seqlen_k, kind.left, kind.right, q.device)
+    return _run(_dense, kind, q, k, v, options.alibi_slopes, options.block_mask, tables)
 
 
 def attention_packed(q: Tensor, k: Tensor, v: Tensor, packing: Packing, options: Options) -> Tensor:
@@ -107,18 +90,8 @@ def attention_packed(q: Tensor, k: Tensor, v: Tensor, packing: Packing, options:
             f"flex_attention takes fewer than 2**31 elements in packed q, k or v; got {q.numel():,} and {k.numel():,}: "
             "split the batch"
         )
-    ends_q, ends_k = packing.cu_seqlens_q, packing.cu_seqlens_k
-    row = torch.arange(q.shape[0], dtype=torch.int32, device=q.device)
-    sequence = torch.searchsorted(ends_q[1:], row, right=True).clamp_(max=ends_q.shape[0] - 2)
-    last = sequence + 1
-    rows = _rows(row + (ends_k - ends_q)[last], ends_k[sequence], ends_k[last], options)
-    rows = _Rows(*(x[None] for x in rows))
-    tables = _tables(rows.first, rows.end, k.shape[0])
-    slopes = options.alibi_slopes
-    if slopes is not None and slopes.dim() == 2:
-        slopes = slopes[sequence]
-    kind = _Kind(options.softmax_scale, options.softcap, 0, 0, True, _kernel_options(q[None], k[None]))
-    return _run(kind, q[None], k[None], v[None], slopes, tables, rows, None)[0]
+    ends = packing.cu_seqlens_q, packing.cu_seqlens_k
+    return _run(_packed, _kind(q, options, decoding=False), q, k, v, options.alibi_slopes, *ends)
 
 
 def attention_with_kvcache(q: Tensor, k_cache: Tensor, v_cache: Tensor, cache: Cache, options: Options) -> Tensor:
@@ -131,46 +104,212 @@ def attention_with_kvcache(q: Tensor, k_cache: Tensor, v_cache: Tensor, cache: C
         cache: What to append, and where.
         options: How scores become weights, with Sk the number of filled places.
     """
-    filled = cache.append(k_cache, v_cache)[:, None]
-    seqlen_q, places = q.shape[1], k_cache.shape[1]
-    row = torch.arange(seqlen_q, dtype=torch.int32, device=q.device)
-    rows = _rows(row + (filled - seqlen_q), torch.zeros_like(filled), filled, options)
-    # flex_decoding shares the blocks of one list out evenly; of two it shares out the places, filled or not.
-    tables = _tables(rows.first, rows.end, places, one_list=_is_decoding(q, k_cache))
-    kind = _Kind(options.softmax_scale, options.softcap, 0, 0, False, _kernel_options(q, k_cache))
-
+    filled = cache.append(k_cache, v_cache)
     # Places that were never written may hold anything, and a weight of 0 times NaN is NaN. Those of them that are read,
     # in the last block, hold zeros while the kernel runs. On the CPU torch reads them all.
-    batch, place = (torch.arange(n, device=q.device) for n in (q.shape[0], places))
+    batch, place = (torch.arange(n, device=q.device) for n in v_cache.shape[:2])
     if q.device.type != "cpu":
         last_block = (filled.long() - 1).clamp(min=0) // BLOCK_SIZE * BLOCK_SIZE
-        place = (last_block + torch.arange(BLOCK_SIZE, device=q.device)).clamp(max=places - 1)
+        place = (last_block[:, None] + torch.arange(BLOCK_SIZE, device=q.device)).clamp(max=v_cache.shape[1] - 1)
     held = v_cache[batch[:, None], place]
-    v_cache[batch[:, None], place] = held.where((place < filled)[:, :, None, None], 0.0)
+    v_cache[batch[:, None], place] = held.where((place < filled[:, None])[:, :, None, None], 0.0)
     try:
-        return _run(kind, q, k_cache, v_cache, options.alibi_slopes, tables, rows, None)
+        kind = _kind(q, options, decoding=_has_few_queries(q, k_cache))
+        return _run(_cached, kind, q, k_cache, v_cache, options.alibi_slopes, filled)
     finally:
         v_cache[batch[:, None], place] = held
 
 
-def _window(options: Options) -> tuple[int, int]:
+def _kind(q: Tensor, options: Options, decoding: bool) -> _Kind:
     left, right = (_UNLIMITED if size < 0 else min(size, _UNLIMITED) for size in window(options))
-    return left, right
+    kernel_options: dict[str, Any] = {} if decoding else {"FORCE_USE_FLEX_ATTENTION": True}
+    if q.dtype == torch.float32:
+        kernel_options["FLOAT32_PRECISION"] = "'ieee'"  # torch's default is tf32, which keeps 10 bits
+        if q.shape[-1] > 64:  # torch's tiles are made for 128 and 256 on a few GPUs; others have no room for them
+            kernel_options |= {"fwd_BLOCK_N": 32, "fwd_num_stages": 1} | ({} if decoding else {"fwd_BLOCK_M": 32})
+    return _Kind(options.softmax_scale, options.softcap, left, right, tuple(kernel_options.items()))
 
 
-def _rows(diagonal: Tensor, start: Tensor, end: Tensor, options: Options) -> _Rows:
-    """Narrow the keys from start to end, of which a query at the diagonal could see each, by the window."""
-    left, right = _window(options)
-    return _Rows(torch.maximum(start, diagonal - left), torch.minimum(end, diagonal + (right + 1)), diagonal)
+def _has_few_queries(q: Tensor, k: Tensor) -> bool:
+    """Say whether torch's kernel for few queries, flex_decoding, can run: it splits the keys among more programs.
+
+    It packs the queries of a group of heads into one tile. torch 2.10 to 2.13 fail where that is more than a block, and
+    2.10 where head_dim is no power of two.
+
+    Source: https://github.com/pytorch/pytorch/pull/185349 and https://github.com/pytorch/pytorch/pull/164931
+    """
+    groups, head_dim = q.shape[2] // k.shape[2], q.shape[3]
+    return q.shape[1] * groups <= BLOCK_SIZE // 2 and groups & (groups - 1) == 0 and head_dim & (head_dim - 1) == 0
+
+
+def _run(layout: Callable[..., Tensor], kind: _Kind, q: Tensor, k: Tensor, v: Tensor, *others: Any) -> Tensor:
+    if not torch.is_grad_enabled():  # on the CPU torch refuses what could have gradients, even if none are asked for
+        q, k, v = q.detach(), k.detach(), v.detach()
+    q, k, v = _within_reach(q), _within_reach(k), _within_reach(v)
+    if torch.compiler.is_compiling():  # the kernel becomes a part of the caller's graph
+        return layout(kind, q, k, v, *others)
+    # The number of rows of a packed batch may change from call to call; how it compares is compiled in.
+    packed = layout is _packed and (q.shape[0] == k.shape[0],)
+    given = tuple(_describe(x, bool(packed)) for x in (q, k, v, *others))
+    return _compiled(layout, kind, given, packed, torch.is_grad_enabled())(kind, q, k, v, *others)
+
+
+def _describe(x: Tensor | _Tables | None, packed: bool) -> Any:
+    """Tell apart what torch.compile would tell apart."""
+    if not isinstance(x, Tensor):
+        return x is None
+    shape = (x.shape[0] <= BLOCK_SIZE, *x.shape[1:]) if packed else x.shape
+    return shape, x.stride(), x.dtype, x.device, x.requires_grad
+
+
+def _within_reach(x: Tensor) -> Tensor:
+    """Copy a view whose rows lie so far apart that the kernels' offsets of 32 bits would overflow.
+
+    Source: https://github.com/pytorch/pytorch/issues/190857
+    """
+    if x.shape[-3] * x.stride(-3) < _ADDRESSABLE:
+        return x
+    return x.transpose(-3, -2).contiguous().transpose(-3, -2)
+
+
+@lru_cache(maxsize=256)
+def _compiled(layout: Callable[..., Tensor], kind: _Kind, given: Any, packed: Any, grad: bool) -> Callable[..., Tensor]:
+    """Prepare one kind of call.
+
+    torch.compile keeps what it compiled with the code object: at most eight versions, the ninth is an error. A copy of
+    the code object for each kind of call keeps the kinds apart. Lengths are constants in a kernel, which is faster;
+    only the number of rows of a packed batch becomes a variable, once it has changed.
+    """
+    code = layout.__code__.replace(co_name=f"flex_attention{layout.__name__}_{next(_COPIES)}")
+    on_cpu = given[0][3].type == "cpu"
+    return torch.compile(
+        FunctionType(code, globals()),
+        fullgraph=True,
+        dynamic=None if packed else False,
+        backend="eager" if on_cpu else "inductor",
+    )
+
+
+def _dense(
+    kind: _Kind,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    slopes: Tensor | None,
+    block_mask: Tensor | None,
+    tables: _Tables | None,
+) -> Tensor:
+    shift = k.shape[1] - q.shape[1]
+    if block_mask is not None:
+        tables = _band_tables(q.shape[1], k.shape[1], kind.left, kind.right, q.device, block_mask)
+
+    def distance(b: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return i + shift - j
+
+    def visible(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        seen = (distance(b, i, j) <= kind.left) & (distance(b, i, j) >= -kind.right)
+        if block_mask is not None:  # the kernels visit only these blocks; torch's dense form knows only this function
+            seen = seen & block_mask[i // BLOCK_SIZE, j // BLOCK_SIZE]
+        return seen
+
+    return _attend(kind, q, k, v, slopes, tables, visible, distance, lambda b, i: b)
+
+
+def _packed(
+    kind: _Kind, q: Tensor, k: Tensor, v: Tensor, slopes: Tensor | None, ends_q: Tensor, ends_k: Tensor
+) -> Tensor:
+    row = torch.arange(q.shape[0], dtype=torch.int32, device=q.device)
+    sequence = torch.searchsorted(ends_q[1:], row, right=True).clamp(max=ends_q.shape[0] - 2)
+    last = sequence + 1
+    diagonal = row + (ends_k - ends_q)[last]
+    first = torch.maximum(ends_k[sequence], diagonal - kind.left)
+    end = torch.minimum(ends_k[last], diagonal + (kind.right + 1))
+    tables = _tables(first[None], end[None], k.shape[0])
+
+    def distance(b: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return diagonal[i] - j
+
+    def visible(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return (j >= first[i]) & (j < end[i])
+
+    return _attend(kind, q[None], k[None], v[None], slopes, tables, visible, distance, lambda b, i: sequence[i])[0]
+
+
+def _cached(kind: _Kind, q: Tensor, k: Tensor, v: Tensor, slopes: Tensor | None, filled: Tensor) -> Tensor:
+    diagonal = torch.arange(q.shape[1], dtype=torch.int32, device=q.device) + (filled[:, None] - q.shape[1])
+    first = (diagonal - kind.left).clamp(min=0)
+    end = torch.minimum(filled[:, None], diagonal + (kind.right + 1))
+    # flex_decoding shares the blocks of one list out evenly; with two it shares out all places, filled or not.
+    tables = _tables(first, end, k.shape[1], one_list=_has_few_queries(q, k))
+
+    def distance(b: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return diagonal[b, i] - j
+
+    def visible(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return (j >= first[b, i]) & (j < end[b, i])
+
+    return _attend(kind, q, k, v, slopes, tables, visible, distance, lambda b, i: b)
+
+
+def _attend(
+    kind: _Kind,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    slopes: Tensor | None,
+    tables: _Tables | None,
+    visible: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor],
+    distance: Callable[[Tensor, Tensor, Tensor], Tensor],
+    sequence: Callable[[Tensor, Tensor], Tensor],
+) -> Tensor:
+    """Call flex_attention.
+
+    Args:
+        kind: The options.
+        q: ``[B, Sq, H, D]``.
+        k: ``[B, Sk, Hkv, D]``.
+        v: ``[B, Sk, Hkv, D]``.
+        slopes: Of ALiBi.
+        tables: The blocks to visit, or None for all.
+        visible: Whether, in batch b and head h, query i sees key j.
+        distance: The distance, in batch b, of query i and key j.
+        sequence: The sequence, in batch b, of query i.
+    """
+    if not torch.compiler.is_compiling():  # uncompiled it would need memory for all scores, and say nothing
+        raise UserError("flex_attention needs torch.compile, which is switched off (TORCH_COMPILE_DISABLE or a stance)")
+
+    def score_mod(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        if kind.softcap > 0:
+            score = kind.softcap * torch.tanh(score / kind.softcap)
+        if slopes is not None:
+            slope = slopes[h] if slopes.dim() == 1 else slopes[sequence(b, i), h]
+            score = score - slope * distance(b, i, j).abs()
+        return score
+
+    blocks = None
+    if tables is not None:
+        blocks = BlockMask((q.shape[1], k.shape[1]), *tables, (BLOCK_SIZE, BLOCK_SIZE), visible)
+    kernel_options: Any = dict(kind.kernel_options)
+    out = flex_attention(
+        q.transpose(1, 2),
+        k.transpose(1, 2),
+        v.transpose(1, 2),
+        score_mod=score_mod if kind.softcap > 0 or slopes is not None else None,
+        block_mask=blocks,
+        scale=kind.softmax_scale,
+        enable_gqa=q.shape[2] != k.shape[2],
+        kernel_options=kernel_options,
+    )
+    return out.transpose(1, 2)
 
 
 @lru_cache(maxsize=32)
 def _remembered_tables(seqlen_q: int, seqlen_k: int, left: int, right: int, device: torch.device) -> _Tables:
     with torch.inference_mode(False):  # what is made in inference mode could not be used for training later
-        return _dense_tables(seqlen_q, seqlen_k, left, right, device)
+        return _band_tables(seqlen_q, seqlen_k, left, right, device)
 
 
-def _dense_tables(
+def _band_tables(
     seqlen_q: int, seqlen_k: int, left: int, right: int, device: torch.device, block_mask: Tensor | None = None
 ) -> _Tables:
     diagonal = torch.arange(seqlen_q, dtype=torch.int32, device=device)[None] + (seqlen_k - seqlen_q)
@@ -195,7 +334,7 @@ def _tables(
     """
     batch_size, seqlen_q = first.shape
     missing = -seqlen_q % BLOCK_SIZE  # queries: they see nothing, so that no block with one of them is full
-    first = F.pad(first, (0, missing), value=seqlen_k + BLOCK_SIZE).view(batch_size, 1, -1, 1, BLOCK_SIZE)
+    first = F.pad(first, (0, missing), value=2 * _UNLIMITED).view(batch_size, 1, -1, 1, BLOCK_SIZE)
     end = F.pad(end, (0, missing)).view(batch_size, 1, -1, 1, BLOCK_SIZE)
     key = torch.arange(0, seqlen_k, BLOCK_SIZE, dtype=torch.int32, device=first.device)
     some = (first.amin(-1) < key + BLOCK_SIZE) & (end.amax(-1) > key)
@@ -210,135 +349,12 @@ def _tables(
 
 def _list(blocks: Tensor) -> tuple[Tensor, Tensor]:
     """Count the true entries of each row ``[..., R, C]``, and give their columns before those of the others."""
-    rank, others = blocks.cumsum(-1), (~blocks).cumsum(-1)
-    number = rank[..., -1:]
-    place = torch.where(blocks, rank, number + others) - 1
     column = torch.arange(blocks.shape[-1], dtype=torch.int32, device=blocks.device).expand(blocks.shape)
-    indices = torch.empty(blocks.shape, dtype=torch.int32, device=blocks.device).scatter_(-1, place, column)
+    rank = blocks.cumsum(-1)
+    number = rank[..., -1:]
+    place = torch.where(blocks, rank - 1, number + column - rank)
+    indices = torch.empty_like(column, memory_format=torch.contiguous_format).scatter_(-1, place, column)
     return number[..., 0].to(torch.int32, memory_format=torch.contiguous_format), indices
-
-
-def _is_decoding(q: Tensor, k: Tensor) -> bool:
-    """Say whether torch's kernel for few queries, flex_decoding, runs: it splits the keys among more programs.
-
-    It packs the queries of a group of heads into one tile. torch 2.10 to 2.13 fail where that is more than a block, and
-    2.10 where head_dim is no power of two.
-    """
-    groups, head_dim = q.shape[2] // k.shape[2], q.shape[3]
-    return q.shape[1] * groups <= BLOCK_SIZE // 2 and groups & (groups - 1) == 0 and head_dim & (head_dim - 1) == 0
-
-
-def _kernel_options(q: Tensor, k: Tensor) -> tuple[tuple[str, Any], ...]:
-    options: dict[str, Any] = {}
-    decoding = _is_decoding(q, k)
-    if not decoding:
-        options["FORCE_USE_FLEX_ATTENTION"] = True
-    if q.dtype == torch.float32:
-        options["FLOAT32_PRECISION"] = "'ieee'"  # torch's default since 2.9 is tf32, of 10 bits
-        # torch's tiles for float32 are made for head_dim 64, 128 and 256 of a few GPUs, and do not fit others.
-        options |= {"fwd_BLOCK_N": 32, "fwd_num_stages": 1} | ({} if decoding else {"fwd_BLOCK_M": 32})
-    return tuple(options.items())
-
-
-def _run(
-    kind: _Kind,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    slopes: Tensor | None,
-    tables: _Tables | None,
-    rows: _Rows | None,
-    block_mask: Tensor | None,
-) -> Tensor:
-    if not torch.is_grad_enabled():  # on the CPU torch refuses what could have gradients, even if none are asked for
-        q, k, v = q.detach(), k.detach(), v.detach()
-    slopes = None if slopes is None else slopes.detach()
-    q, k, v = _within_reach(q), _within_reach(k), _within_reach(v)
-    if torch.compiler.is_compiling():  # the kernel becomes a part of the caller's graph
-        return _attend(kind, q, k, v, slopes, tables, rows, block_mask)
-    packed = kind.slopes_by_row
-    shapes = tuple((x.shape[2:] if packed else x.shape, x.stride()[packed:], x.requires_grad) for x in (q, k, v))
-    # The number of rows of a packed batch may change from call to call, but 1 is always compiled by itself.
-    small = packed and (q.shape[1] == k.shape[1], q.shape[1] <= BLOCK_SIZE, k.shape[1] <= BLOCK_SIZE)
-    tensors = (slopes is None or slopes.dim(), tables is None or tables.full_kv_indices is None, block_mask is None)
-    attend = _compiled(kind, shapes, small, tensors, q.dtype, q.device, torch.is_grad_enabled())
-    return attend(kind, q, k, v, slopes, tables, rows, block_mask)
-
-
-def _within_reach(x: Tensor) -> Tensor:
-    """Copy a view whose rows lie so far apart that the kernels' offsets of 32 bits would overflow.
-
-    Source: https://github.com/pytorch/pytorch/issues/190857
-    """
-    if x.shape[1] * x.stride(1) < _ADDRESSABLE:
-        return x
-    return x.transpose(1, 2).contiguous().transpose(1, 2)
-
-
-@lru_cache(maxsize=256)
-def _compiled(kind: _Kind, shapes: Any, small: Any, tensors: Any, *others: Any) -> Callable[..., Tensor]:
-    """Prepare `_attend` for one kind of call.
-
-    torch.compile keeps what it compiled with the code object, eight versions of it, and then fails. A copy of the code
-    for each kind of call keeps the kinds apart.
-    """
-    code = _attend.__code__.replace(co_name=f"flex_attention_{next(_COPIES)}")
-    device = others[1]
-    backend = "inductor" if device.type == "cuda" else "eager"
-    dynamic = None if kind.slopes_by_row else False
-    return torch.compile(FunctionType(code, globals()), fullgraph=True, dynamic=dynamic, backend=backend)
-
-
-def _attend(
-    kind: _Kind,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    slopes: Tensor | None,
-    tables: _Tables | None,
-    rows: _Rows | None,
-    block_mask: Tensor | None,
-) -> Tensor:
-    if not torch.compiler.is_compiling():  # uncompiled it would need memory for all scores, and say nothing
-        raise UserError(
-            "flex_attention needs torch.compile, which is switched off here (TORCH_COMPILE_DISABLE, stance)"
-        )
-    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    shift = k.shape[2] - q.shape[2]
-
-    def score_mod(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        if kind.softcap > 0:
-            score = kind.softcap * torch.tanh(score / kind.softcap)
-        if slopes is not None:
-            slope = slopes[h] if slopes.dim() == 1 else slopes[i if kind.slopes_by_row else b, h]
-            diagonal = i + shift if rows is None else rows.diagonal[b, i]
-            score = score - slope * (diagonal - j).abs()
-        return score
-
-    def mask_mod(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        if rows is not None:
-            return (j >= rows.first[b, i]) & (j < rows.end[b, i])
-        distance = i + shift - j
-        seen = (distance <= kind.left) & (distance >= -kind.right)
-        if block_mask is not None:  # the kernels visit only these blocks; torch's dense form knows only this function
-            seen = seen & block_mask[i // BLOCK_SIZE, j // BLOCK_SIZE]
-        return seen
-
-    blocks = None
-    if tables is not None:
-        blocks = BlockMask((q.shape[2], k.shape[2]), *tables, (BLOCK_SIZE, BLOCK_SIZE), mask_mod)
-    kernel_options: Any = dict(kind.kernel_options)
-    out = flex_attention(
-        q,
-        k,
-        v,
-        score_mod=score_mod if kind.softcap > 0 or slopes is not None else None,
-        block_mask=blocks,
-        scale=kind.softmax_scale,
-        enable_gqa=q.shape[1] != k.shape[1],
-        kernel_options=kernel_options,
-    )
-    return out.transpose(1, 2)
 
 
 def why_not(spec: AttentionSpec) -> str | None:

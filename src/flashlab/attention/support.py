@@ -87,7 +87,7 @@ def summarise(rows: Iterable[Row]) -> Summary:
     """Lay the rows of `examine` out as a table."""
     cells = {(row["feature"], row["backend"]): row for row in rows}
     features, names = (list(dict.fromkeys(pair[index] for pair in cells)) for index in (0, 1))
-    shown = [name for name in names if any(cells[feature, name]["status"] == "ok" for feature in features)]
+    shown = [name for name in names if any(cells[feature, name]["status"] != "unsupported" for feature in features)]
     absent: dict[str, list[str]] = {}
     for name in names:
         if name not in shown:

@@ -1,10 +1,12 @@
 """The numbers of a sweep: its rows as a table, and what its pictures, words and claims are computed from.
 
-Wide tables below have a row for each cell (what was computed, at one length) and a column for each backend.
+Wide tables below have a row for each cell (what was computed, at one length) and a column for each backend. What is
+computed from a sweep is kept, since pictures, tables and sentences ask for it again; it is not to be changed.
 """
 
 import json
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -29,7 +31,7 @@ ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 TRAVELS = {"forward": (2, 2, 4), "backward": (4, 4, 7), "forward_backward": (6, 6, 11)}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Sweep:
     """A sweep's file.
 
@@ -45,7 +47,7 @@ class Sweep:
     traffic: pd.DataFrame
     ceilings: tuple[float, float] | None
 
-    @property
+    @cached_property
     def ok(self) -> pd.DataFrame:
         """The rows that were measured, of the backends asked for by name."""
         return self.rows[(self.rows["status"] == "ok") & (self.rows["backend"] != "auto")]
@@ -121,8 +123,8 @@ def _problem(row: dict[str, Any]) -> str | None:
     needed = ["head_dim", "num_heads", "num_kv_heads", "batch_size", "seqlen"]
     needed += ["latency_ms", "tflops_per_s"] if row.get("status") == "ok" else []
     choices = {"status": STATUSES, "pass": PASSES, "dtype": ITEM_BYTES}
-    wrong = [name for name in ("backend", "mask") if not isinstance(row.get(name), str)]
-    wrong += [name for name, known in choices.items() if row.get(name) not in known]
+    wrong = [name for name in ("backend", "mask", *choices) if not isinstance(row.get(name), str)]
+    wrong += [name for name, known in choices.items() if name not in wrong and row[name] not in known]
     needed += ["peak_memory_mib"] if row.get("peak_memory_mib") else []  # none on a CPU
     wrong += [name for name in needed if not is_positive(name)]
     return f"{wrong[0]} {row.get(wrong[0])!r}" if wrong else None
@@ -142,6 +144,7 @@ def _bytes_moved(rows: pd.DataFrame) -> pd.Series:
     return elements * rows["dtype"].map(ITEM_BYTES)
 
 
+@lru_cache(maxsize=64)
 def wide(sweep: Sweep, name: str, value: str = "latency_ms") -> pd.DataFrame:
     """Spread a value of one pass over columns, a backend each; the rows are the cells without their pass."""
     rows = sweep.ok[sweep.ok["pass"] == name]
@@ -167,9 +170,20 @@ def mask_order(mask: str) -> tuple[int, str]:
 def panel_name(panel: tuple[Any, ...], sweep: Sweep) -> str:
     """Name a panel: "head dim 128, causal", and what else tells the sweep's panels apart."""
     dtype, head_dim, num_heads, num_kv_heads, mask = panel
-    grouped = [f"{num_kv_heads} of {num_heads} heads for k, v"] if num_kv_heads != num_heads else []
-    several = [dtype] if sweep.rows["dtype"].nunique() > 1 else []
-    return ", ".join([f"head dim {head_dim}", mask, *several, *grouped])
+    alike = sweep.rows[sweep.rows["head_dim"] == head_dim]
+    said = [f"head dim {head_dim}", mask]
+    if sweep.rows["dtype"].nunique() > 1:
+        said.append(dtype)
+    if alike["num_heads"].nunique() > 1:
+        said.append(f"{num_heads} heads")
+    if num_kv_heads != num_heads:
+        said.append(f"{num_kv_heads} for k and v")
+    return ", ".join(said)
+
+
+def digits(value: float) -> str:
+    """Print a number in full from a hundred on, below it three digits."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def is_blocks(mask: str) -> bool:
@@ -191,17 +205,23 @@ def crossings(latency: pd.Series, against: pd.Series) -> tuple[str, list[float]]
     Returns:
         Which is ahead at the shortest length ("ahead", "behind", or "even" when they never differ), and the lengths at
         which the lead changes: between two measured lengths, where the straight line of log ratio over log length
-        meets zero. Latencies within a factor of `TIE` are passed over.
+        meets zero. A lead of less than a factor of `TIE` is none.
     """
     ratio = (against / latency).dropna().map(np.log)
-    clear = ratio[ratio.abs() >= np.log(TIE)]
-    if clear.empty:
+    log_ratio, log_length = ratio.to_numpy(float), np.log(ratio.index.to_numpy(float))
+    clear = np.flatnonzero(np.abs(log_ratio) >= np.log(TIE))
+    if not len(clear):
         return "even", []
-    points = list(zip(np.log(clear.index.to_numpy(float)), clear.to_numpy(float), strict=True))
-    turns = [np.exp(x0 + (x1 - x0) * r0 / (r0 - r1)) for (x0, r0), (x1, r1) in pairwise(points) if r0 * r1 < 0]
-    return "ahead" if points[0][1] > 0 else "behind", turns
+    turns = []
+    for before, after in pairwise(clear):
+        if log_ratio[before] * log_ratio[after] < 0:
+            at = next(i for i in range(before, after) if log_ratio[i] * log_ratio[i + 1] <= 0)
+            part = log_ratio[at] / (log_ratio[at] - log_ratio[at + 1])
+            turns.append(float(np.exp(log_length[at] + part * (log_length[at + 1] - log_length[at]))))
+    return "ahead" if log_ratio[clear[0]] > 0 else "behind", turns
 
 
+@lru_cache(maxsize=64)
 def exponents(sweep: Sweep) -> pd.DataFrame:
     """Fit how peak memory of one sequence grows with its length: memory ~ length ** exponent.
 
@@ -226,6 +246,7 @@ def memory_per_sequence(sweep: Sweep, name: str) -> pd.DataFrame:
     return table.div(table.index.get_level_values("batch_size"), axis=0)
 
 
+@lru_cache(maxsize=64)
 def bounds(sweep: Sweep) -> pd.DataFrame:
     """Compare each measured time with the two that the roof gives it.
 
@@ -244,6 +265,7 @@ def bounds(sweep: Sweep) -> pd.DataFrame:
     return rows.assign(memory_bound=rows["memory_ms"] > rows["compute_ms"])
 
 
+@lru_cache(maxsize=64)
 def auto_choices(sweep: Sweep) -> pd.DataFrame:
     """Set what `auto` chose beside the best backend of the cell.
 
@@ -252,14 +274,13 @@ def auto_choices(sweep: Sweep) -> pd.DataFrame:
     """
     index = sweep.ok.set_index(CELL).sort_index()
     best = index.loc[index.groupby(CELL)["latency_ms"].transform("min") == index["latency_ms"]]
-    best = best[~best.index.duplicated()][["backend", "latency_ms"]].rename(columns={"backend": "best"})
+    best = best[~best.index.duplicated()][["backend", "latency_ms"]].set_axis(["best", "best_ms"], axis=1)
     auto = sweep.rows[(sweep.rows["backend"] == "auto") & (sweep.rows["status"] == "ok")].set_index(CELL)
-    joined = auto[["resolved", "latency_ms"]].join(best, rsuffix="_best", how="inner")
-    return joined.assign(
-        chosen=joined["resolved"], ratio=joined["latency_ms_best"] / joined["latency_ms"]
-    ).reset_index()
+    joined = auto[["resolved", "latency_ms"]].rename(columns={"resolved": "chosen"}).join(best, how="inner")
+    return joined.assign(ratio=joined["best_ms"] / joined["latency_ms"]).reset_index()
 
 
+@lru_cache(maxsize=64)
 def block_fits(sweep: Sweep) -> pd.DataFrame:
     """Fit the time of block-sparse attention to a straight line in the share of blocks.
 
@@ -272,7 +293,7 @@ def block_fits(sweep: Sweep) -> pd.DataFrame:
     """
     from flashlab.bench.flops import flops  # here, since torch takes long to import and all else goes without it
 
-    rows = sweep.ok[[mask == "full" or is_blocks(mask) for mask in sweep.ok["mask"]]]
+    rows = sweep.ok.loc[[mask == "full" or is_blocks(mask) for mask in sweep.ok["mask"]]]
     of_full = [
         flops(
             row["pass"],

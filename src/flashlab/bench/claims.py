@@ -213,7 +213,7 @@ def _compare(
     if ratio.empty:
         return None
     lengths = ratio.index.get_level_values("seqlen")
-    where = f"{len(ratio)} cells, length {_span(pd.Series(lengths), ',')}"
+    where = f"{len(ratio)} cell{'s' * (len(ratio) > 1)}, length {_span(pd.Series(lengths), ',')}"
     here = f"{_span(ratio, '.2f')} times {words} ({backend} against {base}, {where})"
     met = ratio >= times
     return Finding(here, [bool(met.any())] if best else [*met])

@@ -109,15 +109,12 @@ def _standard(inputs: _Inputs, options: Options, needs_grad: bool) -> tuple[Tens
     q, k, v, grad_out = inputs
     seqlen, groups = q.shape[1], q.shape[2]
     rows = max(BLOCK_BYTES // (q.itemsize * seqlen * groups) // BLOCK_SIZE, 1) * BLOCK_SIZE
-    if options.window_size[1] > 0 or (options.window_size != (-1, -1) and not options.causal):
-        rows = seqlen  # the keys after a block's last query count too, and a block aligns with its last key
     outs, grads_q = [], []
     grads_k, grads_v = (torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32)) for x in (k, v))
     for start in range(0, seqlen, rows):
         end = min(start + rows, seqlen)
-        seen = (
-            end if options.causal else seqlen
-        )  # with these keys the block's mask aligns bottom-right as the whole does
+        # A case's mask by distance is causal: with these keys it aligns bottom-right in the block as in the whole.
+        seen = end if options.causal else seqlen
         blocks = options.block_mask
         if blocks is not None:
             blocks = blocks[start // BLOCK_SIZE : -(-end // BLOCK_SIZE), : -(-seen // BLOCK_SIZE)]

@@ -24,6 +24,7 @@ from flashlab.bench.analysis import (
     block_fits,
     bounds,
     dense,
+    digits,
     is_blocks,
     memory_per_sequence,
     panel_name,
@@ -103,14 +104,13 @@ def speedup(base: str, name: str, sweep: Sweep) -> Drawn:
     figure, axes_of = _grid({panel_name(panel, sweep): part for panel, part in panels(ratio).items()})
     for axes in axes_of.values():
         axes.axhline(1, color="#333333", lw=1, zorder=1)
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}x"))
         if base in UNFUSED:
             axes.set_yscale("log", base=2)
             axes.yaxis.set_major_locator(LogLocator(base=2, subs=(1.0,), numticks=12))
-            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}x"))
             axes.yaxis.set_minor_locator(NullLocator())
         else:
             axes.set_ylim(bottom=0)
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}x"))
     figure.supylabel(f"times as fast as {base}", fontsize=9)
     _legend(figure, ratio.columns)
     return figure
@@ -126,7 +126,7 @@ def memory(sweep: Sweep) -> Drawn:
     parts = {PASSES[name]: panels(table)[panel] for name, table in tables.items() if panel in panels(table)}
     figure, axes_of = _grid(parts)
     for title, axes in axes_of.items():
-        axes.set_yscale("log")
+        _log_axis(axes)
         lengths = np.array(parts[title].index[[0, -1]], dtype=float)
         shortest = parts[title].iloc[0]
         for power, start, label in ((1, 0.7 * shortest.min(), "linear"), (2, 1.4 * shortest.max(), "quadratic")):
@@ -188,13 +188,13 @@ def roofline(sweep: Sweep) -> Drawn:
     """Draw the rate of every forward pass over its arithmetic intensity, under the measured ceilings."""
     if sweep.ceilings is None:
         return "the sweep holds no measured ceilings."
-    points = bounds(sweep)
-    points = points[(points["pass"] == "forward") & ~points["mask"].map(is_blocks)]
+    points = bounds(sweep).query("`pass` == 'forward'")
+    points = points.loc[[not is_blocks(mask) for mask in points["mask"]]]
     if points.empty:
         return "no forward pass was measured."
     peak, bandwidth = sweep.ceilings
     ridge = 1e3 * peak / bandwidth
-    edges = np.array([min(points["intensity"].min(), ridge) / 1.6, max(points["intensity"].max(), ridge) * 1.6])
+    edges = np.array([min(points["intensity"].min() / 1.6, ridge / 6), max(points["intensity"].max(), ridge) * 1.6])
     figure = Figure(figsize=(WIDTH, 4.6))
     axes = figure.subplots()
     for backend, part in points.groupby("backend"):
@@ -203,15 +203,22 @@ def roofline(sweep: Sweep) -> Drawn:
     roof = np.array([edges[0], ridge, edges[1]])
     axes.plot(roof, np.minimum(peak, roof * bandwidth / 1e3), color="#333333", lw=1.5, zorder=1)
     axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
+    _log_axis(axes)
     axes.set_xlim(*edges)
     axes.set_ylim(min(points["tflops_per_s"].min(), edges[0] * bandwidth / 1e3) / 1.5, 2.2 * peak)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.text(edges[1], 1.07 * peak, f"matrix products: {peak:,.0f} TFLOP/s ", ha="right", va="bottom", fontsize=8)
-    middle = np.sqrt(edges[0] * ridge), np.sqrt(edges[0] * ridge) * bandwidth / 1e3
-    axes.annotate(f"copies: {bandwidth:,.0f} GB/s", middle, (-4, 4), textcoords="offset points", ha="right", fontsize=8)
+    axes.text(edges[1], 1.07 * peak, f"matrix products: {digits(peak)} TFLOP/s ", ha="right", va="bottom", fontsize=8)
+    label_at = edges[0] ** 0.35 * ridge**0.65
+    axes.annotate(
+        f"copies: {digits(bandwidth)} GB/s",
+        (label_at, label_at * bandwidth / 1e3),
+        (-4, 4),
+        textcoords="offset points",
+        ha="right",
+        fontsize=8,
+    )
     axes.axvline(ridge, color=NEUTRAL, lw=1, ls=":")
-    axes.text(ridge, axes.get_ylim()[0] * 1.1, f" {ridge:,.0f} FLOP/byte", color="#555555", fontsize=8)
+    axes.text(ridge, axes.get_ylim()[0] * 1.1, f" {digits(ridge)} FLOP/byte", color="#555555", fontsize=8)
     axes.set_xlabel("arithmetic intensity of the algorithm (FLOP per byte through memory)")
     axes.set_ylabel("TFLOP/s, forward")
     _legend(figure, points["backend"].unique(), lines=False)
@@ -237,7 +244,7 @@ def traffic(sweep: Sweep) -> Drawn:
             label = f"block-sparse, {100 * density:.3g} % of blocks" if sparse else algorithm
             axes.plot(line["seqlen"], line["theory_bytes"] / 2**20, "-", color=shade, lw=1)
             (handles[label],) = axes.plot(line["seqlen"], line["moved"] / 2**20, "o", color=shade, ms=4)
-        axes.set_yscale("log")
+        _log_axis(axes)
         _length_axis(axes, rows["seqlen"], every=1 if len(parts) < 3 else 2)
         axes.set_title(title)
     handles = {label: handles[label] for label in sorted(handles, key=lambda label: label.startswith("block"))}
@@ -317,6 +324,11 @@ def _length_axis(axes: Axes, lengths: Iterable[int], every: int = 1) -> None:
     axes.xaxis.set_minor_locator(NullLocator())
 
 
+def _log_axis(axes: Axes) -> None:
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+
+
 def _short(seqlen: float) -> str:
     """Print a length: 512, 2k, 16k."""
     return f"{seqlen / 1024:g}k" if seqlen >= 1024 and seqlen % 1024 == 0 else f"{seqlen:g}"
@@ -334,7 +346,7 @@ def _legend(figure: Figure, backends: Iterable[str], *, lines: bool = True) -> N
     for name in names:
         color, marker = LOOKS.get(name, UNKNOWN)
         handles.append(Line2D([], [], color=color, marker=marker, ms=5, mew=0, ls="-" if lines else ""))
-    figure.legend(handles, names, loc="outside upper center", ncols=min(5, len(names)), fontsize=8)
+    figure.legend(handles, names, loc="outside upper center", ncols=-(-len(names) // -(-len(names) // 5)), fontsize=8)
 
 
 def _pale(color: str, share: float) -> tuple[float, ...]:

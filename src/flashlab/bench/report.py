@@ -21,6 +21,7 @@ from flashlab.bench.analysis import (
     crossings,
     dense,
     describe_machine,
+    digits,
     exponents,
     load,
     lost_cells,
@@ -328,8 +329,8 @@ def _bound(sweep: Sweep) -> str | None:
             said.append(f"{kind}, {len(bound)} of {len(part)} cells{lengths}")
     ridge = 1e3 * peak / bandwidth
     return (
-        f"Memory-bound ({bandwidth:,.0f} GB/s of copies allow less than {peak:,.0f} TFLOP/s below {ridge:,.0f} "
-        f"FLOP/byte): {'; '.join(said)}."
+        f"Memory-bound ({digits(bandwidth)} GB/s of copies allow less than {digits(peak)} TFLOP/s below "
+        f"{digits(ridge)} FLOP/byte): {'; '.join(said)}."
     )
 
 
@@ -452,8 +453,13 @@ def _lengths(lengths: Iterable[int]) -> str:
 
 def _run(sweep: Sweep) -> Section:
     kept = ("command", "git_commit", "image", "method", "config", "ceilings", "machine")
-    facts = {name: sweep.record[name] for name in kept if sweep.record.get(name) is not None}
-    return Section("The run", [Table("", ("what", "value"), list(flatten(facts)), "ll")])
+    facts = {name: sweep.record[name] for name in kept if sweep.record.get(name)}
+    if grids := facts.get("config", {}).get("grids"):
+        facts["config"] = facts["config"] | {"grids": {str(number): grid for number, grid in enumerate(grids, 1)}}
+    if "machine" in facts:  # of the packages torch and flash-attn count, and they have rows of their own
+        facts["machine"] = {name: value for name, value in facts["machine"].items() if name != "packages"}
+    rows = [(what, value) for what, value in flatten(facts) if value not in ("None", "[]")]
+    return Section("The run", [Table("", ("what", "value"), rows, "ll")])
 
 
 def _between(values: pd.Series, form: str = ".2f") -> str:

@@ -9,7 +9,7 @@ import os
 import signal
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import product
 from multiprocessing.connection import wait
@@ -22,8 +22,10 @@ import torch
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Column
 
-from flashlab.attention import BackendUnavailable, resolve
+from flashlab.attention import resolve
+from flashlab.attention.backends import BACKENDS
 from flashlab.bench.case import DTYPES, Case
 from flashlab.bench.flops import PASSES
 from flashlab.bench.measure import METHOD, Row, ceilings, measure, new_row, one_line, rehearse
@@ -125,17 +127,18 @@ def sweep(
     console = Console(highlight=False)
     minutes = max(len(todo) * (budget_ms / 1e3 + SECONDS_BESIDE_TIMING) / 60, 1)
     resumed = f", {len(cells) - len(todo)} of them made before" if len(todo) < len(cells) else ""
-    estimate = f": about {minutes:.0f} min, and what compiling takes" if todo else ""
+    compiling = ", and what compiling takes" if any(cell.backend in COMPILED for cell in todo) else ""
+    estimate = f": about {minutes:.0f} min{compiling}" if todo else ""
     console.print(f"{len(cells)} measurements{resumed}{estimate}")
-    with _terminable(), _progress(console) as progress:
-        try:
-            if todo:
+    try:
+        if todo:
+            with _terminable(), _progress(console) as progress:
                 _run(result, todo, out / LOG, _jobs(compile_jobs, place), timeout_s, options, progress)
-        except KeyboardInterrupt as error:
-            console.print(f"stopped after {len(result.rows)} of {len(cells)}: the same command measures the others")
-            return 128 + (signal.SIGTERM if isinstance(error, Stopped) else signal.SIGINT)
-        finally:
-            result.save()
+    except KeyboardInterrupt as error:
+        console.print(f"stopped after {len(result.rows)} of {len(cells)}: the same command measures the others")
+        return 128 + (signal.SIGTERM if isinstance(error, Stopped) else signal.SIGINT)
+    finally:
+        result.save()
     counts = Counter(row["status"] for row in result.rows.values())
     listed = ", ".join(f"{count} {status}" for status, count in counts.most_common())
     console.print(f"{result.path}: {listed}", soft_wrap=True)
@@ -176,10 +179,10 @@ def expand(grids: list[Grid], device: str) -> list[Cell]:
             if num_heads % num_kv_heads:
                 raise UserError(f"{place}: num_kv_heads {num_kv_heads} must divide the {num_heads} query heads")
             case = Case(batch_size, seqlen, num_heads, num_kv_heads, head_dim, dtype, mask, device)
-            spec = case.spec(needs_grad=False)  # refuses a mask that does not exist
+            case.mask_arguments()  # refuses a mask that does not exist
             for backend in grid.backends:
-                with suppress(BackendUnavailable):  # a row will say why; a name that does not exist is an error
-                    resolve(backend, spec)
+                if backend not in ("auto", *BACKENDS):
+                    resolve(backend, case.spec(needs_grad=False))  # refuses it
                 cells |= dict.fromkeys(Cell(case, backend, pass_name) for pass_name in grid.passes)
     if not cells:
         raise UserError("the grids name nothing to measure: each needs a backend, a length and a pass at least")
@@ -220,13 +223,15 @@ class _Result:
             path.parent.mkdir(parents=True, exist_ok=True)
         if resume and path.exists():
             self._continue(config)
-        self._saved_s = monotonic()
+        self._saved_s = 0.0
 
     def _continue(self, config: dict[str, Any]) -> None:
         remedy = "choose another --out, or measure anew with --resume false"
         try:
             found = json.loads(self.path.read_text(encoding="utf-8"))
             rows = {_key(row): row for row in found["rows"]}
+            if found["kind"] != self.record["kind"]:
+                raise ValueError(found["kind"])
             for name in (*SAME, *(f"config.{key}" for key in config)):
                 if _look_up(found, name) != _look_up(self.record, name):
                     raise UserError(f"{self.path} is of another sweep, its {name} differs: {remedy}")
@@ -256,9 +261,10 @@ class _Result:
 
 
 def _look_up(record: dict[str, Any], dotted: str) -> Any:
+    found: Any = record
     for name in dotted.split("."):
-        record = record[name]
-    return record
+        found = found.get(name) if isinstance(found, dict) else None
+    return found
 
 
 def _row(cell: Cell, status: str = "ok", reason: str | None = None) -> Row:
@@ -282,7 +288,9 @@ def _run(
     """Compile, count the traffic, measure the ceilings, then cell after cell."""
     _compile_ahead(todo, log, jobs, progress)
     if "traffic" not in result.record:
+        counting = progress.add_task("counting bytes", total=1)
         result.record["traffic"] = _traffic(result.cells)
+        progress.advance(counting)
     task = progress.add_task("measuring", total=len(todo))
     worker: Worker | None = None
     try:
@@ -381,8 +389,9 @@ def _title(cell: Cell) -> str:
 
 
 def _progress(console: Console) -> Progress:
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    return Progress(*columns, TimeRemainingColumn(), console=console)
+    title = TextColumn("{task.description}", table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1))
+    counts = BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()
+    return Progress(*counts, title, console=console, expand=True)
 
 
 @contextmanager

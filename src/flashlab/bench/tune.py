@@ -122,7 +122,7 @@ def rank(rows: list[Row]) -> list[Row]:
     """Rank the backends of each plain call by their times, the fastest first.
 
     Without gradients the forward pass counts; with gradients forward and backward together, measured at once where the
-    rows have that, else as a sum. Only what ran and was right is ranked.
+    rows have that, else as a sum. Only what ran and was right is ranked, and of several batch sizes the first.
 
     Returns:
         Rows of dtype, head_dim, mask, needs_grad, seqlen and backends: each with its time in units of the fastest's.

@@ -79,13 +79,11 @@ def _serve(pipe: Connection, log: Path) -> None:
         os.dup2(file.fileno(), 2)
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    while True:
-        try:
+    with suppress(EOFError, ConnectionError):  # the parent is gone
+        while True:
             function, arguments, options = pipe.recv()
-        except EOFError:  # the parent is gone
-            return
-        try:
-            answer, error = function(*arguments, **options), None
-        except Exception as raised:
-            answer, error = None, raised
-        pipe.send((answer, error))
+            try:
+                answer, error = function(*arguments, **options), None
+            except Exception as raised:
+                answer, error = None, raised
+            pipe.send((answer, error))

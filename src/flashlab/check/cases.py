@@ -159,7 +159,7 @@ def make_inputs(case: Case, device: torch.device) -> Inputs:
     """Make the inputs of a case, the same ones on every machine."""
     generator = torch.Generator().manual_seed(zlib.crc32(case.name.encode()))
     (seqlen_q, seqlen_k), (num_heads, num_kv_heads) = case.seqlens, case.num_heads
-    batch_size = 1 if seqlen_q * seqlen_k > 2**20 else 3 if case.is_cache else 2
+    batch_size = 3 if case.is_cache else 1 if seqlen_q * seqlen_k > 2**20 else 2
     rows_q, rows_k = (batch_size, seqlen_q), (batch_size, seqlen_k)
     seqlens_q, seqlens_k = [seqlen_q] * batch_size, [seqlen_k] * batch_size
     if case.layout == "packed":
@@ -167,7 +167,7 @@ def make_inputs(case: Case, device: torch.device) -> Inputs:
         rows_q, rows_k = (1, sum(seqlens_q)), (1, sum(seqlens_k))
     elif case.is_cache:
         room = seqlen_k - seqlen_q if case.layout == "append" else seqlen_k
-        seqlens_k = [room, room // 2, 0 if case.layout == "append" else 1][:batch_size]
+        seqlens_k = [room, room // 2, 0 if case.layout == "append" else 1]
 
     def normal(rows: tuple[int, int], heads: int) -> Tensor:
         return torch.randn(*rows, heads, case.head_dim, generator=generator)
@@ -194,7 +194,8 @@ def make_inputs(case: Case, device: torch.device) -> Inputs:
         (x[0] if packed else x).to(device, DTYPES[case.dtype]) for x in (q, grad_out, k, v, new_k, new_v)
     )
     new = (new_k, new_v) if case.layout == "append" else None
-    return Inputs(q, k, v, grad_out, _options(case, generator, device), case.layout, seqlens_q, seqlens_k, new)
+    options = _options(case, len(seqlens_k), generator, device)
+    return Inputs(q, k, v, grad_out, options, case.layout, seqlens_q, seqlens_k, new)
 
 
 def _shorter(seqlen: int) -> list[int]:
@@ -225,22 +226,21 @@ def spoiled_outputs(case: Case, options: Options, device: torch.device) -> tuple
     must, may = (torch.zeros(2, case.seqlens[0], num_heads, 1, dtype=torch.bool) for _ in range(2))
     readers = slice(0, num_heads // num_kv_heads)  # the query heads that read key/value head 0
     sees = visible(*case.seqlens, options, device)
-    sees_it = torch.ones(case.seqlens[0], 1, dtype=torch.bool) if sees is None else sees[:, key, None].cpu()
-    may[batch, :, readers, 0] = ~sees_it
+    sees = torch.ones(case.seqlens, dtype=torch.bool) if sees is None else sees.cpu()
+    may[batch, :, readers, 0] = ~sees[:, key, None]
     if case.values != "inf":  # what infinity spoils depends on the query
-        must[batch, :, readers, 0] = sees_it
+        must[batch, :, readers, 0] = sees[:, key, None]
     if case.values == "nan":
-        must[-1, -1, 0] = True
+        must[-1, -1, 0] = sees[-1].any()
     return must.to(device), may.to(device)
 
 
-def _options(case: Case, generator: torch.Generator, device: torch.device) -> Options:
+def _options(case: Case, batch_size: int, generator: torch.Generator, device: torch.device) -> Options:
     num_heads, _ = case.num_heads
     slopes = None
     if case.feature == "alibi":  # powers of two, as in ALiBi's paper; each sequence has its own order
         slopes = 2.0 ** -(torch.arange(num_heads) + 1.0)
-        slopes = torch.stack([slopes.roll(n) for n in range(2)]) if case.layout == "dense" else slopes
-        slopes = slopes.to(device)
+        slopes = torch.stack([slopes.roll(n) for n in range(batch_size)]).to(device)
     causal, window_size, block_mask = _mask(case.mask, case.seqlens, generator)
     return Options(
         softmax_scale=case.head_dim**-0.5 * (0.6 if case.feature == "scale" else 1.0),
@@ -294,27 +294,19 @@ def _is_possible(case: Case) -> bool:
 
 
 def quick_cases() -> list[Case]:
-    """Choose the cases that show every fault that tests/check/test_faults.py plants, in few kinds of calls.
-
-    A backend that compiles takes seconds for each kind: dtype, head_dim, mask, heads, feature and layout.
-    """
+    """Choose cases that show every fault that tests/check/test_faults.py plants."""
     main = Case(mask="causal", heads="h6kv2")  # h3kv1 where it is long: the same group size
     full = Case("float16", 128)
     return [
-        *(replace(main, lengths=lengths) for lengths in ("1x1", "1x129", "127x127", "129x129", "33x300", "300x33")),
-        *(replace(main, values=values) for values in ("huge", "nan", "nan_value", "inf")),
-        *(replace(full, lengths=lengths) for lengths in ("37x37", "128x128", "129x257")),
-        replace(full, lengths="1x2048"),
-        replace(full, values="overflow"),
-        *(replace(main, feature=feature) for feature in ("scale", "softcap", "deterministic")),
-        replace(main, feature="alibi", lengths="129x257"),  # causal and square, a wrong shift would cancel
-        *(replace(main, mask=mask) for mask in MASKS[2:]),
-        replace(main, heads="h4kv1"),
-        replace(main, layout="packed"),
-        *(replace(main, layout="append", lengths=lengths) for lengths in ("1x2048", "37x300")),
-        replace(main, layout="append", lengths="1x129", values="stale"),
-        replace(main, layout="read", lengths="1x129"),
+        *few_kinds(),
+        *(replace(main, lengths=lengths) for lengths in ("1x1", "1x129", "127x127")),
         replace(main, lengths="2048x2048", heads="h3kv1"),
+        *(replace(full, lengths=lengths) for lengths in ("37x37", "128x128", "1x2048")),
+        replace(full, values="overflow"),
+        *(replace(main, feature=feature) for feature in ("scale", "deterministic")),
+        *(replace(main, mask=mask) for mask in ("window:40:0", "causal+blocks:0.5")),
+        replace(main, heads="h4kv1"),
+        replace(main, layout="append", lengths="1x2048"),
         *(replace(main, dtype=dtype, head_dim=head_dim) for head_dim in HEAD_DIMS for dtype in DTYPES),
         *(Case("float32", lengths="129x257", feature=feature) for feature in FEATURES),
         *(replace(main, dtype="float32", mask=mask, lengths="129x257") for mask in MASKS),
@@ -322,21 +314,48 @@ def quick_cases() -> list[Case]:
     ]
 
 
+def few_kinds() -> list[Case]:
+    """Choose cases of few kinds for backends that compile every kind of call, which takes seconds."""
+    main = Case(mask="causal", heads="h6kv2")
+    return [
+        *(replace(main, values=values) for values in ("normal", "huge", "nan", "nan_value", "inf")),
+        *(replace(main, lengths=lengths) for lengths in ("33x300", "300x33")),
+        Case("float16", 128, lengths="129x257"),
+        replace(main, mask="window:25:17"),
+        replace(main, mask="blocks:0.5"),
+        replace(main, feature="softcap"),
+        replace(main, feature="alibi", lengths="129x257"),  # causal and square, a wrong shift would cancel
+        replace(main, layout="packed"),
+        replace(main, layout="append", lengths="37x300"),
+        *(replace(main, layout="read", lengths="1x129", values=values) for values in ("normal", "stale")),
+    ]
+
+
 def full_cases() -> list[Case]:
     """Cross the factors where that is cheap, and cover every pair of their levels."""
     dtypes = tuple(DTYPES)
+    long, plain = "129x257", ("plain", "dense")
     cases = [
         *quick_cases(),
-        *(Case(*words) for words in product(dtypes, HEAD_DIMS, ["129x257"], MASKS, ["h6kv2"])),
+        *covering_cases(),
+        *(Case(*words) for words in product(dtypes, HEAD_DIMS, [long], MASKS, ["h6kv2"])),
         *(Case(*words) for words in product(["bfloat16", "float32"], [64], LENGTHS, MASKS, ["h4kv4"])),
         *(Case(*words) for words in product(["float16"], [64], ["129x129"], MASKS, HEADS, FEATURES)),
-        *(
-            Case(*words)
-            for words in product(dtypes, [64, 128], ["129x129"], MASKS, ["h6kv2"], ["plain"], ["dense"], VALUES)
-        ),
-        *covering_cases(),
+        *(Case(*words, *plain, values) for *words, values in product(dtypes, [64, 128], [long], MASKS, ["h6kv2"], VALUES)),
     ]
     return [case for case in dict.fromkeys(cases) if _is_possible(case)]
+
+
+def chosen_cases(*, full: bool, compiled: bool) -> list[Case]:
+    """Choose the cases of a backend; one that compiles every kind of call is spared the crosses.
+
+    Args:
+        full: All of them instead of the quick ones.
+        compiled: The backend compiles.
+    """
+    if not compiled:
+        return full_cases() if full else list(dict.fromkeys(quick_cases()))
+    return list(dict.fromkeys([*few_kinds(), *covering_cases()])) if full else few_kinds()
 
 
 def covering_cases() -> list[Case]:

@@ -1,4 +1,4 @@
-"""The judgement of one case: run a backend and compare what it gives with float64 standard attention.
+"""The judgement of one case: run a backend and compare what it gives with the oracle.
 
 What standard attention is off by in the precision of the inputs is the yardstick; no tolerance is chosen by hand. Two
 rules, and a result must keep both:
@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 from flashlab.attention import BackendUnavailable, attention, attention_packed, attention_with_kvcache, reference
+from flashlab.check import oracle
 from flashlab.check.cases import Case, Inputs, make_inputs, spoiled_outputs
+from flashlab.check.oracle import Results
 
 BLOCK_ROWS = 128
-Results = dict[str, Tensor]
 
 
 class Errors(NamedTuple):
@@ -30,7 +31,7 @@ class Errors(NamedTuple):
         error: The backend's largest error.
         standard_error: Standard attention's in the same precision.
         allowed: The largest error that rule 1 allows.
-        mean_ratio: The mean error over what rule 2 allows, in the worst block.
+        mean_ratio: The mean error over what rule 2 allows, in the worst block; 0 where it does not apply.
     """
 
     error: float
@@ -44,7 +45,7 @@ class Verdict(NamedTuple):
 
     Attributes:
         status: "ok", "unsupported", "wrong" or "oom".
-        reason: Why it is not ok: what is wrong, and where.
+        reason: Why it is not ok: what is wrong, and where. For "ok": why it was judged without gradients.
         errors: By output and gradient.
     """
 
@@ -61,22 +62,35 @@ class Judge:
         self.needs_grad = case.needs_grad
         if case.values in ("nan", "nan_value"):  # what this spoils is known, and is no matter of how the oracle masks
             clean = clean._replace(q=clean.q.nan_to_num(), k=clean.k.nan_to_num(), v=clean.v.nan_to_num())
-        self.exact = _reference(clean.to(torch.float64), case.needs_grad)
-        self.standard = _reference(clean, case.needs_grad)
-        self.standard.pop("weights_of_keys", None)
+        self.standard = oracle.standard_attention(clean, case.needs_grad)
+        in_float64 = clean.to(torch.float64)
+        self.exact = oracle.standard_attention(in_float64, case.needs_grad)
+        self.rounding = oracle.rounding(in_float64, case.needs_grad)
         self.excused = self.exact["out"].isnan()  # the softmax of an infinite score has no value
         if case.values in ("nan", "nan_value", "inf"):
             must_be_nan, may_be_nan = spoiled_outputs(case, clean.options, device)
             self.excused |= may_be_nan
             self.exact["out"].masked_fill_(must_be_nan, torch.nan)
-        self.largest_terms = _largest_terms(clean, self.exact.pop("weights_of_keys", None))
+        # Keys say nothing that a few queries do not, and the other way round: so many rows err independently.
         self.rows = min(case.seqlens)
 
     def judge(self, backend: str) -> Verdict:
-        """Run a backend on the case and compare."""
+        """Run a backend on the case and compare; forward only where it has no backward pass."""
+        verdict = self._judge(backend, with_grad=not self.is_cache)
+        if verdict.status == "unsupported" and not self.is_cache:
+            forward = self._judge(backend, with_grad=False)
+            if forward.status != "unsupported":
+                return forward._replace(reason=forward.reason or f"forward only: {verdict.reason}")
+        return verdict
+
+    @property
+    def is_cache(self) -> bool:
+        return self.inputs.layout in ("append", "read")
+
+    def _judge(self, backend: str, with_grad: bool) -> Verdict:
         errors: dict[str, Errors] = {}
         try:
-            problems = self._run_and_compare(backend, errors)
+            problems = self._run_and_compare(backend, with_grad, errors)
         except BackendUnavailable as unavailable:
             return Verdict("unsupported", str(unavailable).split("cannot run this call: ")[-1], {})
         except torch.OutOfMemoryError as error:
@@ -87,32 +101,33 @@ class Judge:
             return Verdict("wrong", f"raised {type(error).__name__}: {_one_line(error)}", errors)
         return Verdict("wrong", problems[0], errors) if problems else Verdict("ok", None, errors)
 
-    def _run_and_compare(self, backend: str, errors: dict[str, Errors]) -> list[str]:
+    def _run_and_compare(self, backend: str, with_grad: bool, errors: dict[str, Errors]) -> list[str]:
         """Say what is wrong, and fill in the errors of out, dq, dk and dv."""
+        inputs, needs_grad = self.inputs, self.needs_grad and with_grad
         _poison(self.standard)
-        got = _run(backend, self.inputs, self.needs_grad)
-        again = _run(backend, self.inputs, self.needs_grad and self.inputs.options.deterministic)
+        got = _run(backend, inputs, with_grad, needs_grad)
+        again = _run(backend, inputs, with_grad, needs_grad and inputs.options.deterministic)
         problems = []
-        for name, standard in self.standard.items():
+        for name in got.keys() & self.standard.keys():
+            standard = self.standard[name]
             if (is_ := _describe(got[name])) != (should_be := _describe(standard)):
                 problems.append(f"{name} is {is_}, should be {should_be}")
             elif name in ("k_cache", "v_cache"):
                 problems += _differences(f"{name} after the call", got[name], standard)
             else:
                 excused = self.excused if name == "out" else torch.zeros_like(standard, dtype=torch.bool)
-                judged = (got[name], standard, self.exact[name], excused, self.largest_terms[name], self.rows)
+                judged = (got[name], standard, self.exact[name], self.rounding[name], excused, self.rows)
                 errors[name], wrong = compare(*judged)
                 problems += [f"{name}{problem}" for problem in wrong]
                 if name in again:
                     problems += _differences(f"{name} when repeated", again[name], got[name])
-        for name in "qkv" if self.inputs.new is None else "q":
-            before = getattr(self.inputs, name)
-            problems += _differences(f"the input {name} after the call", got[f"input {name}"], before)
+        for name in "q" if self.is_cache else "qkv":
+            problems += _differences(f"the input {name} after the call", got[f"input {name}"], getattr(inputs, name))
         return problems
 
 
 def compare(
-    got: Tensor, standard: Tensor, exact: Tensor, excused: Tensor, largest_term: float, rows: int
+    got: Tensor, standard: Tensor, exact: Tensor, rounding: Tensor, excused: Tensor, rows: int
 ) -> tuple[Errors, list[str]]:
     """Compare a result with the exact one by both rules.
 
@@ -120,47 +135,46 @@ def compare(
         got: The backend's, ``[B, S, H, D]`` or packed ``[T, H, D]``.
         standard: Standard attention's in the same precision.
         exact: Standard attention's in float64; what is not finite there must not be finite in `got`.
+        rounding: What rounding in float32 does, from `oracle.rounding`.
         excused: bool: where `got` may be finite or not. It need not be finite where standard attention overflows.
-        largest_term: What float32 rounds, in the units of the result (`_largest_terms`).
-        rows: The number of queries or of keys, whichever is smaller: how many rows err independently.
+        rows: The number of rows that err independently.
 
     Returns:
         The errors, and what is wrong: the place, what was got and expected, and by how much it is off.
     """
-    got64, standard64, problems = got.double(), standard.double(), []
+    got64, problems = got.double(), []
     for bad, words in (
-        (~got64.isfinite() & exact.isfinite() & standard64.isfinite() & ~excused, "should be finite"),
+        (~got64.isfinite() & exact.isfinite() & standard.isfinite() & ~excused, "should be finite"),
         (got64.isfinite() & ~exact.isfinite() & ~excused, "should not be finite: NaN and infinity must not be hidden"),
     ):
         if bad.any():
             place = bad.nonzero()[0].tolist()
             problems.append(f"{place} is {got64[*place]:.6g}, {words} ({int(bad.sum())} such of {bad.numel()})")
-    finite = got64.isfinite() & exact.isfinite()
-    error = (got64 - exact).abs().where(finite, 0.0)
+    error = (got64 - exact).abs().where(got64.isfinite() & exact.isfinite(), 0.0)
     exact = exact.nan_to_num(0.0, 0.0, 0.0)
+    rounding = rounding.nan_to_num(0.0, 0.0, 0.0)
     standard = standard.where(standard.isfinite(), exact.to(standard.dtype))
     standard_error = (standard.double() - exact).abs()
-    allowed = reference.allowed_error(standard, exact, largest_term)
+
+    allowed = reference.allowed_error(standard, exact, float(rounding.max()))
     if error.max() > allowed:
         place = [int(i) for i in torch.unravel_index(error.argmax(), error.shape)]
         problems.append(
             f"{place} is {got64[*place]:.6g}, should be {exact[*place]:.6g}: off by {error.max():.3g}, "
             f"allowed {allowed:.3g} (standard attention {standard_error.max():.3g})"
         )
-    errors = Errors(float(error.max()), float(standard_error.max()), allowed, 0.0)
-    rms, standard_rms, exact_rms = (_block_rms(x, rows) for x in (error, standard_error, exact))
+    rms, standard_rms, exact_rms, rounding_rms = (_block_rms(x, rows) for x in (error, standard_error, exact, rounding))
     eps, eps32 = torch.finfo(standard.dtype).eps, torch.finfo(torch.float32).eps
-    allowed_rms = 2 * standard_rms + eps * exact_rms + eps32 * largest_term
-    ratio = rms / allowed_rms
-    if ratio.numel() == 0:
-        return errors, problems
-    if ratio.max() > 1:
+    allowed_rms = 2 * standard_rms + eps * exact_rms + eps32 * rounding_rms
+    ratio = (rms / allowed_rms).nan_to_num(0.0)  # 0 / 0: a block that sees nothing
+    if ratio.numel() > 0 and ratio.max() > 1:
         block = [int(i) for i in torch.unravel_index(ratio.argmax(), ratio.shape)]
         problems.append(
             f"{_block_name(got.shape, rows, *block)} is off by {rms[*block]:.3g} in the mean (RMS), allowed "
             f"{allowed_rms[*block]:.3g} (standard attention {standard_rms[*block]:.3g})"
         )
-    return errors._replace(mean_ratio=float(ratio.max())), problems
+    mean_ratio = float(ratio.max()) if ratio.numel() > 0 else 0.0
+    return Errors(float(error.max()), float(standard_error.max()), allowed, mean_ratio), problems
 
 
 def _block_rms(x: Tensor, rows: int) -> Tensor:
@@ -189,56 +203,18 @@ def _block_name(shape: torch.Size, rows: int, n: int, b: int, h: int) -> str:
     return f"[{batch}{block[0]}:{block[-1] + 1}, {h}]"
 
 
-def _largest_terms(inputs: Inputs, weights_of_keys: Tensor | None) -> dict[str, float]:
-    """Bound how far a relative error of one in the largest score, or entry of grad_out v^T, moves each result.
+def _run(backend: str, inputs: Inputs, with_grad: bool, needs_grad: bool) -> Results:
+    """Run a backend through the interface; the inputs as they are afterwards come back too.
 
-    Kernels compute both in float32. What is rounded there is multiplied by v, k, q or grad_out and summed by weights: a
-    query's weights sum to 1, those of a key to what is given.
+    Args:
+        backend: Its name.
+        inputs: What it is given.
+        with_grad: Run the forward pass as in training, also where no gradients are asked for: kernels that compile then
+            need one form less.
+        needs_grad: Run the backward pass.
     """
-    scale = inputs.options.softmax_scale
-    keys, values = zip((inputs.k, inputs.v), *(() if inputs.new is None else (inputs.new,)), strict=True)
-    score = scale * _longest(inputs.q) * max(map(_longest, keys))
-    terms = {"out": score * max(map(_largest, values))}
-    if weights_of_keys is not None:
-        grad_weight, weight = _longest(inputs.grad_out) * _longest(inputs.v), _largest(weights_of_keys)
-        terms["dq"] = scale * grad_weight * _largest(inputs.k)
-        terms["dk"] = scale * grad_weight * _largest(inputs.q) * weight
-        terms["dv"] = score * _largest(inputs.grad_out) * weight
-    return terms
-
-
-def _reference(inputs: Inputs, needs_grad: bool) -> Results:
-    """Run standard attention, one sequence at a time: the oracle shares nothing with packed and cached forms."""
-    q, k, v = leaves = [x.detach().clone().requires_grad_(needs_grad) for x in (inputs.q, inputs.k, inputs.v)]
-    results: Results = {}
-    if inputs.layout == "dense":
-        out = reference.attention(q, k, v, inputs.options)
-    elif inputs.layout == "packed":
-        parts = zip(q.split(inputs.seqlens_q), k.split(inputs.seqlens_k), v.split(inputs.seqlens_k), strict=True)
-        out = torch.cat([reference.attention(*(x[None] for x in part), inputs.options)[0] for part in parts])
-    else:
-        outs = []
-        for b, filled in enumerate(inputs.seqlens_k):
-            if inputs.new is not None:
-                start, filled = filled, filled + inputs.new[0].shape[1]
-                k[b, start:filled], v[b, start:filled] = inputs.new[0][b], inputs.new[1][b]
-            outs.append(reference.attention(q[b, None], k[b, None, :filled], v[b, None, :filled], inputs.options))
-        out = torch.cat(outs)
-        results = {"k_cache": k, "v_cache": v}
-    results["out"] = out.detach()
-    if needs_grad:
-        grads = torch.autograd.grad(out, leaves, inputs.grad_out, retain_graph=True)
-        results |= zip(("dq", "dk", "dv"), grads, strict=True)
-        (results["weights_of_keys"],) = torch.autograd.grad(out, v, torch.ones_like(out))  # their sums over queries
-    return results
-
-
-def _run(backend: str, inputs: Inputs, needs_grad: bool) -> Results:
-    """Run a backend through the interface; the inputs as they are afterwards come back too."""
     options, device = inputs.options, inputs.q.device
-    is_cache = inputs.layout in ("append", "read")
-    # With gradients on also where none are asked for: kernels that compile need one form less.
-    q, k, v = leaves = [x.detach().clone().requires_grad_(not is_cache) for x in (inputs.q, inputs.k, inputs.v)]
+    q, k, v = leaves = [x.detach().clone().requires_grad_(with_grad) for x in (inputs.q, inputs.k, inputs.v)]
     keywords: dict[str, Any] = {
         "backend": backend,
         "causal": options.causal,
@@ -286,15 +262,6 @@ def _bits(x: Tensor) -> Tensor:
 
 def _describe(x: Tensor) -> str:
     return f"{x.dtype} {list(x.shape)} on {x.device}".removeprefix("torch.")
-
-
-def _longest(x: Tensor) -> float:
-    """Return the length of the longest row that is a number."""
-    return float(x.double().norm(dim=-1).nan_to_num(0.0, 0.0, 0.0).max())
-
-
-def _largest(x: Tensor) -> float:
-    return float(x.double().nan_to_num(0.0, 0.0, 0.0).abs().max())
 
 
 def _one_line(error: Exception) -> str:
