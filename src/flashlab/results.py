@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from flashlab.attention.support import markdown as support_table
 from flashlab.bench.analysis import describe_machine, read
 from flashlab.bench.claims import claims, markdown, published, sweep_tables
 from flashlab.btc.metrics import COMPARISONS, TITLES, comparisons, load_metrics, number, time_range
@@ -139,6 +140,12 @@ def check(path: Path) -> str:
     return f"\n{told}\n\n" + markdown(Table("", ("Backend", *statuses), rows, "l" + "r" * len(statuses)))
 
 
+def support(path: Path) -> str:
+    """Show which backend supports what, from the facts of `flashlab backends`."""
+    record = read(path, "attention_support", "flashlab backends --docs")
+    return f"\n{describe_machine(record)}.\n\n{support_table(record['rows'])}\n"
+
+
 # name of a renderer -> function of the files its block names
 RENDERERS: dict[str, Callable[..., str]] = {
     "btc": btc,
@@ -147,5 +154,6 @@ RENDERERS: dict[str, Callable[..., str]] = {
     "interruptions": interruptions,
     "prepare": prepare,
     "published": published,
+    "support": support,
     "sweep": sweep_tables,
 }

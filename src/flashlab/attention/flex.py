@@ -224,6 +224,7 @@ def _packed(
     diagonal = row + (ends_k - ends_q)[last]
     first = torch.maximum(ends_k[sequence], diagonal - kind.left)
     end = torch.minimum(ends_k[last], diagonal + (kind.right + 1))
+    sequence, diagonal, first, end = _in_memory([sequence, diagonal, first, end])
     tables = _tables(first[None], end[None], k.shape[0])
 
     def distance(b: Tensor, i: Tensor, j: Tensor) -> Tensor:
@@ -239,6 +240,7 @@ def _cached(kind: _Kind, q: Tensor, k: Tensor, v: Tensor, slopes: Tensor | None,
     diagonal = torch.arange(q.shape[1], dtype=torch.int32, device=q.device) + (filled[:, None] - q.shape[1])
     first = (diagonal - kind.left).clamp(min=0)
     end = torch.minimum(filled[:, None], diagonal + (kind.right + 1))
+    diagonal, first, end = _in_memory([diagonal, first, end])
     # flex_decoding shares the blocks of one list out evenly; with two it shares out all places, filled or not.
     tables = _tables(first, end, k.shape[1], one_list=_has_few_queries(q, k))
 
@@ -249,6 +251,17 @@ def _cached(kind: _Kind, q: Tensor, k: Tensor, v: Tensor, slopes: Tensor | None,
         return (j >= first[b, i]) & (j < end[b, i])
 
     return _attend(kind, q, k, v, slopes, tables, visible, distance, lambda b, i: b)
+
+
+@torch.library.custom_op("flashlab::in_memory", mutates_args=())
+def _in_memory(values: list[Tensor]) -> list[Tensor]:
+    """Keep torch.compile from computing again, for each pair of query and key, what a mask reads."""
+    return [x.clone() for x in values]
+
+
+@_in_memory.register_fake
+def _(values: list[Tensor]) -> list[Tensor]:
+    return [torch.empty_like(x) for x in values]
 
 
 def _attend(
@@ -275,6 +288,7 @@ def _attend(
         distance: The distance, in batch b, of query i and key j.
         sequence: The sequence, in batch b, of query i.
     """
+    slopes = None if slopes is None else slopes.detach()
     if not torch.compiler.is_compiling():  # uncompiled it would need memory for all scores, and say nothing
         raise UserError("flex_attention needs torch.compile, which is switched off (TORCH_COMPILE_DISABLE or a stance)")
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from flashlab.attention.reference import visible
-from flashlab.attention.spec import BLOCK_SIZE, Options
+from flashlab.attention.spec import BLOCK_SIZE, AttentionSpec, Options
 from flashlab.errors import UserError
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -196,6 +196,30 @@ def make_inputs(case: Case, device: torch.device) -> Inputs:
     new = (new_k, new_v) if case.layout == "append" else None
     options = _options(case, len(seqlens_k), generator, device)
     return Inputs(q, k, v, grad_out, options, case.layout, seqlens_q, seqlens_k, new)
+
+
+def describe(case: Case, device: torch.device) -> AttentionSpec:
+    """Describe the call of a case."""
+    (seqlen_q, seqlen_k), (num_heads, num_kv_heads) = case.seqlens, case.num_heads
+    causal, window_size, block_mask = _mask(case.mask, case.seqlens, torch.Generator())
+    return AttentionSpec(
+        batch_size=2 if case.layout == "dense" else 3,
+        seqlen_q=seqlen_q,
+        seqlen_k=seqlen_k,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=case.head_dim,
+        dtype=DTYPES[case.dtype],
+        device=device,
+        causal=causal,
+        needs_grad=not case.is_cache,
+        window_size=window_size,
+        softcap=case.feature == "softcap",
+        alibi=case.feature == "alibi",
+        block_sparse=block_mask is not None,
+        deterministic=case.feature == "deterministic",
+        layout="cache" if case.is_cache else case.layout,  # type: ignore[arg-type]
+    )
 
 
 def _shorter(seqlen: int) -> list[int]:
