@@ -25,7 +25,8 @@ SNAPSHOT = Path(__file__).with_name("cli.txt")
 README = ROOT / "README.md"
 PAGES = [README, *sorted([*ROOT.glob("C*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/**/*.md")])]
 
-COMMAND_OF_EXAMPLES = {"btc_forecast": "train", "attention_bench": "bench sweep"}  # folder of examples/ -> the command that takes its YAML files
+# folder of examples/ -> the command that takes its YAML files
+COMMAND_OF_EXAMPLES = {"btc_forecast": "train", "attention_bench": "bench sweep"}
 MAY_IMPORT = {  # part of the package -> the parts it may import
     "errors": set(),
     "attention": {"errors"},

@@ -87,7 +87,9 @@ def provenance(kind: str) -> Facts:
 
 
 def git_commit() -> str | None:
-    """Return the commit of a checkout; an installed package has none."""
+    """Return the commit of a checkout, or the one that an image was built from (FLASHLAB_COMMIT)."""
+    if commit := os.environ.get("FLASHLAB_COMMIT"):
+        return commit
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()

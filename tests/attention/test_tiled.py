@@ -8,6 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from flashlab.attention import reference, tiled
 from flashlab.attention.spec import Cache, Options, Packing
+from flashlab.attention.traffic import bytes_moved
 
 ALL = {"softmax_scale": 0.3, "window_size": (20, 9), "softcap": 2.0}
 # (seqlen_q, seqlen_k, num_heads, num_kv_heads, options)
@@ -169,13 +170,13 @@ def test_block_sizes_are_the_papers_rounded_to_powers_of_two():
     ],
 )
 def test_bytes_moved_are_those_of_theory(algorithm, seqlen, head_dim, density, changes, backward):
-    row = tiled.traffic(algorithm, seqlen, head_dim, density, backward=backward, **changes)
+    row = bytes_moved(algorithm, seqlen, head_dim, density, backward=backward, **changes)
     assert row["bytes_read"] + row["bytes_written"] == row["theory_bytes"]
 
 
 def test_bytes_moved_are_those_counted_by_hand():
     # 256 queries in two tiles of 128: q once, k and v twice; out, and two float32 a query; 128 bytes a row of bfloat16
-    row = tiled.traffic("tiled", 256, 64)
+    row = bytes_moved("tiled", 256, 64)
     assert row == {"bytes_read": 5 * 256 * 128, "bytes_written": 256 * (128 + 8), "theory_bytes": 256 * (6 * 128 + 8)}
 
 
@@ -183,10 +184,10 @@ def test_every_batch_and_query_head_moves_its_own_bytes():
     one, many = (make(256, 256, h, 1, head_dim=64, dtype=torch.bfloat16, batch_size=h // 2) for h in (2, 6))
     counted = []
     for tensors in (one, many):
-        with tiled.counting() as traffic:
+        with tiled.counting() as counted_here:
             tiled.attention(*tensors[:3], make_options())
-        counted.append(traffic)
-    assert counted[0].bytes_read == 2 * tiled.traffic("tiled", 256, 64)["bytes_read"]
+        counted.append(counted_here)
+    assert counted[0].bytes_read == 2 * bytes_moved("tiled", 256, 64)["bytes_read"]
     assert counted[1].bytes_read == 9 * counted[0].bytes_read
     assert counted[1].bytes_written == 9 * counted[0].bytes_written
 
@@ -194,7 +195,7 @@ def test_every_batch_and_query_head_moves_its_own_bytes():
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
 def test_bytes_moved_fall_with_memory_and_are_linear_in_the_density(backward):
     def moved(algorithm, **changes):
-        return tiled.traffic(algorithm, 1024, 64, backward=backward, **changes)["bytes_read"]
+        return bytes_moved(algorithm, 1024, 64, backward=backward, **changes)["bytes_read"]
 
     assert moved("tiled") < moved("standard") / 2
     assert moved("tiled", on_chip_bytes=25 * 1024) > 3 * moved("tiled")  # a quarter of the memory
@@ -215,6 +216,6 @@ def test_bytes_moved_fall_with_memory_and_are_linear_in_the_density(backward):
 )
 def test_what_the_mask_rules_out_is_not_read(options, tiles):
     q, k, v, _ = make(512, 512, 1, 1, head_dim=64, dtype=torch.bfloat16, batch_size=1)
-    with tiled.counting() as traffic:
+    with tiled.counting() as counted_here:
         tiled.attention(q, k, v, make_options(**options))
-    assert traffic.bytes_read == q.nbytes + tiles * 2 * 64 * 128
+    assert counted_here.bytes_read == q.nbytes + tiles * 2 * 64 * 128

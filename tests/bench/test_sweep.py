@@ -134,21 +134,30 @@ def test_a_stopped_sweep_resumes_with_what_is_missing(number, run, made_up, caps
 
 
 @pytest.mark.parametrize(
-    ("arguments", "changes", "names"),
+    ("arguments", "changes", "says"),
     [
-        (["--budget_ms", "7"], {}, "config.budget_ms"),
-        ([], {"seqlens": [64]}, "config.grids"),
+        (["--budget_ms", "7"], {}, "its config.budget_ms differs"),
+        ([], {"seqlens": [64]}, "with measurements that are none of this"),
     ],
 )
-def test_another_sweep_is_not_added_to(arguments, changes, names, run, made_up, capsys):
+def test_another_sweep_is_not_added_to(arguments, changes, says, run, made_up, capsys):
     assert run() == 0
     before = run.path.read_bytes()
     assert run(*arguments, **changes) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
-    assert f"its {names} differs: choose another --out, or measure anew with --resume false" in error
+    assert f"is of another sweep, {says}: choose another --out, or measure anew with --resume false" in error
     assert run.path.read_bytes() == before
     assert run("--resume", "false", *arguments, **changes) == 0
+
+
+def test_a_sweep_may_grow(run, made_up):
+    assert run() == 0
+    kept = run.result()["rows"]
+    assert run(backends=["standard", "sdpa_math", "auto"]) == 0
+    rows = run.result()["rows"]
+    assert len(rows) == len(kept) * 3 // 2
+    assert [row for row in rows if row["backend"] != "sdpa_math"] == kept
 
 
 def test_rows_of_other_code_or_of_another_machine_are_not_added_to(run, made_up, monkeypatch, capsys):

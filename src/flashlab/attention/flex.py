@@ -91,7 +91,8 @@ def attention_packed(q: Tensor, k: Tensor, v: Tensor, packing: Packing, options:
             "split the batch"
         )
     ends = packing.cu_seqlens_q, packing.cu_seqlens_k
-    return _run(_packed, _kind(q, options, decoding=False), q, k, v, options.alibi_slopes, *ends)
+    kind = _kind(q, options, decoding=False)
+    return _run(_packed, kind, q[None], k[None], v[None], options.alibi_slopes, *ends)[0]
 
 
 def attention_with_kvcache(q: Tensor, k_cache: Tensor, v_cache: Tensor, cache: Cache, options: Options) -> Tensor:
@@ -148,18 +149,21 @@ def _run(layout: Callable[..., Tensor], kind: _Kind, q: Tensor, k: Tensor, v: Te
     q, k, v = _within_reach(q), _within_reach(k), _within_reach(v)
     if torch.compiler.is_compiling():  # the kernel becomes a part of the caller's graph
         return layout(kind, q, k, v, *others)
-    # The number of rows of a packed batch may change from call to call; how it compares is compiled in.
-    packed = layout is _packed and (q.shape[0] == k.shape[0],)
-    given = tuple(_describe(x, bool(packed)) for x in (q, k, v, *others))
-    return _compiled(layout, kind, given, packed, torch.is_grad_enabled())(kind, q, k, v, *others)
+    varies = layout is _packed
+    given = [_describe(x, varies) for x in (q, k, v, *others)]
+    key = (*given, q.shape[1] == k.shape[1], torch.is_grad_enabled())
+    return _compiled(layout, kind, key, q.device.type, varies)(kind, q, k, v, *others)
 
 
-def _describe(x: Tensor | _Tables | None, packed: bool) -> Any:
-    """Tell apart what torch.compile would tell apart."""
+def _describe(x: Tensor | _Tables | None, varies: bool) -> Any:
+    """Tell apart what torch.compile would tell apart, but not the numbers of rows and sequences that vary."""
     if not isinstance(x, Tensor):
         return x is None
-    shape = (x.shape[0] <= BLOCK_SIZE, *x.shape[1:]) if packed else x.shape
-    return shape, x.stride(), x.dtype, x.device, x.requires_grad
+    shape: tuple[Any, ...] = x.shape
+    axis = max(x.dim() - 3, 0)
+    if varies:
+        shape = (*shape[:axis], shape[axis] <= BLOCK_SIZE, *shape[axis + 1 :])
+    return shape, x.stride()[axis:], x.dtype, x.device, x.requires_grad
 
 
 def _within_reach(x: Tensor) -> Tensor:
@@ -167,13 +171,13 @@ def _within_reach(x: Tensor) -> Tensor:
 
     Source: https://github.com/pytorch/pytorch/issues/190857
     """
-    if x.shape[-3] * x.stride(-3) < _ADDRESSABLE:
+    if x.shape[1] * x.stride(1) < _ADDRESSABLE:
         return x
-    return x.transpose(-3, -2).contiguous().transpose(-3, -2)
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 @lru_cache(maxsize=256)
-def _compiled(layout: Callable[..., Tensor], kind: _Kind, given: Any, packed: Any, grad: bool) -> Callable[..., Tensor]:
+def _compiled(layout: Callable[..., Tensor], kind: _Kind, key: Any, device: str, varies: bool) -> Callable[..., Tensor]:
     """Prepare one kind of call.
 
     torch.compile keeps what it compiled with the code object: at most eight versions, the ninth is an error. A copy of
@@ -181,13 +185,8 @@ def _compiled(layout: Callable[..., Tensor], kind: _Kind, given: Any, packed: An
     only the number of rows of a packed batch becomes a variable, once it has changed.
     """
     code = layout.__code__.replace(co_name=f"flex_attention{layout.__name__}_{next(_COPIES)}")
-    on_cpu = given[0][3].type == "cpu"
-    return torch.compile(
-        FunctionType(code, globals()),
-        fullgraph=True,
-        dynamic=None if packed else False,
-        backend="eager" if on_cpu else "inductor",
-    )
+    backend, dynamic = "eager" if device == "cpu" else "inductor", None if varies else False
+    return torch.compile(FunctionType(code, globals()), fullgraph=True, dynamic=dynamic, backend=backend)
 
 
 def _dense(
@@ -218,14 +217,16 @@ def _dense(
 def _packed(
     kind: _Kind, q: Tensor, k: Tensor, v: Tensor, slopes: Tensor | None, ends_q: Tensor, ends_k: Tensor
 ) -> Tensor:
-    row = torch.arange(q.shape[0], dtype=torch.int32, device=q.device)
+    row = torch.arange(q.shape[1], dtype=torch.int32, device=q.device)
     sequence = torch.searchsorted(ends_q[1:], row, right=True).clamp(max=ends_q.shape[0] - 2)
     last = sequence + 1
     diagonal = row + (ends_k - ends_q)[last]
     first = torch.maximum(ends_k[sequence], diagonal - kind.left)
     end = torch.minimum(ends_k[last], diagonal + (kind.right + 1))
-    sequence, diagonal, first, end = _in_memory([sequence, diagonal, first, end])
-    tables = _tables(first[None], end[None], k.shape[0])
+    diagonal, first, end = _in_memory([diagonal, first, end])
+    if slopes is not None and slopes.dim() == 2:
+        (slopes,) = _in_memory([slopes[sequence]])
+    tables = _tables(first[None], end[None], k.shape[1])
 
     def distance(b: Tensor, i: Tensor, j: Tensor) -> Tensor:
         return diagonal[i] - j
@@ -233,7 +234,7 @@ def _packed(
     def visible(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         return (j >= first[i]) & (j < end[i])
 
-    return _attend(kind, q[None], k[None], v[None], slopes, tables, visible, distance, lambda b, i: sequence[i])[0]
+    return _attend(kind, q, k, v, slopes, tables, visible, distance, lambda b, i: i)
 
 
 def _cached(kind: _Kind, q: Tensor, k: Tensor, v: Tensor, slopes: Tensor | None, filled: Tensor) -> Tensor:
@@ -273,7 +274,7 @@ def _attend(
     tables: _Tables | None,
     visible: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor],
     distance: Callable[[Tensor, Tensor, Tensor], Tensor],
-    sequence: Callable[[Tensor, Tensor], Tensor],
+    slope_row: Callable[[Tensor, Tensor], Tensor],
 ) -> Tensor:
     """Call flex_attention.
 
@@ -282,11 +283,11 @@ def _attend(
         q: ``[B, Sq, H, D]``.
         k: ``[B, Sk, Hkv, D]``.
         v: ``[B, Sk, Hkv, D]``.
-        slopes: Of ALiBi.
+        slopes: ``[H]`` or ``[R, H]``, of ALiBi.
         tables: The blocks to visit, or None for all.
         visible: Whether, in batch b and head h, query i sees key j.
         distance: The distance, in batch b, of query i and key j.
-        sequence: The sequence, in batch b, of query i.
+        slope_row: The row r of slopes that is meant, in batch b, for query i.
     """
     slopes = None if slopes is None else slopes.detach()
     if not torch.compiler.is_compiling():  # uncompiled it would need memory for all scores, and say nothing
@@ -296,7 +297,7 @@ def _attend(
         if kind.softcap > 0:
             score = kind.softcap * torch.tanh(score / kind.softcap)
         if slopes is not None:
-            slope = slopes[h] if slopes.dim() == 1 else slopes[sequence(b, i), h]
+            slope = slopes[h] if slopes.dim() == 1 else slopes[slope_row(b, i), h]
             score = score - slope * distance(b, i, j).abs()
         return score
 

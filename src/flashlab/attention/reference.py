@@ -4,6 +4,7 @@ In the input's precision it is the baseline; on float64 copies of the inputs it 
 judged against.
 """
 
+from collections.abc import Callable
 from itertools import pairwise
 
 import torch
@@ -28,7 +29,14 @@ def attention(q: Tensor, k: Tensor, v: Tensor, options: Options) -> Tensor:
     return _attend(q, k, v, mask, bias, some_are_blind, options)
 
 
-def attention_packed(q: Tensor, k: Tensor, v: Tensor, packing: Packing, options: Options) -> Tensor:
+def attention_packed(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    packing: Packing,
+    options: Options,
+    attend: Callable[[Tensor, Tensor, Tensor, Options], Tensor] = attention,
+) -> Tensor:
     """Attend within each of several sequences that lie in a row, one sequence after the other.
 
     Args:
@@ -37,15 +45,19 @@ def attention_packed(q: Tensor, k: Tensor, v: Tensor, packing: Packing, options:
         v: ``[Tk, Hkv, D]``.
         packing: Where the sequences begin and end.
         options: How scores become weights; alibi_slopes ``[N, H]`` differ by sequence.
+        attend: What computes attention for each.
     """
-    outs = []
     ends_q, ends_k = packing.cu_seqlens_q.tolist(), packing.cu_seqlens_k.tolist()
-    for n, (q_n, k_n, v_n) in enumerate(zip(_split(q, ends_q), _split(k, ends_k), _split(v, ends_k), strict=True)):
-        slopes = options.alibi_slopes
-        if slopes is not None and slopes.dim() == 2:
-            slopes = slopes[n]
-        outs.append(attention(q_n[None], k_n[None], v_n[None], options._replace(alibi_slopes=slopes))[0])
-    return torch.cat(outs)
+    sequences = zip(_split(q, ends_q), _split(k, ends_k), _split(v, ends_k), strict=True)
+    return torch.cat(
+        [attend(*(x[None] for x in sequence), of_sequence(options, n))[0] for n, sequence in enumerate(sequences)]
+    )
+
+
+def of_sequence(options: Options, n: int) -> Options:
+    """Return the options of one sequence of a batch, whose ALiBi slopes may be its own."""
+    slopes = options.alibi_slopes
+    return options if slopes is None or slopes.dim() == 1 else options._replace(alibi_slopes=slopes[n])
 
 
 def _split(x: Tensor, ends: list[int]) -> tuple[Tensor, ...]:

@@ -13,10 +13,9 @@ Source: Dao et al., FlashAttention (arXiv 2205.14135), Algorithms 1, 4 and 5; Da
 Algorithms 1 and 2.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import pairwise
 from math import inf
 from typing import Any, Literal, NamedTuple
 
@@ -24,7 +23,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from flashlab.attention.reference import window
+from flashlab.attention import reference
+from flashlab.attention.reference import of_sequence, window
 from flashlab.attention.spec import BLOCK_SIZE, AttentionSpec, Cache, Options, Packing
 
 # What the tiles of one head share. Source: FlashAttention, section 3.2: "M (around 100KB)"; an A100's SM has 192 KiB.
@@ -58,12 +58,7 @@ def attention_packed(q: Tensor, k: Tensor, v: Tensor, packing: Packing, options:
         packing: Where the sequences begin and end.
         options: How scores become weights; alibi_slopes ``[N, H]`` differ by sequence.
     """
-    ends_q, ends_k = packing.cu_seqlens_q.tolist(), packing.cu_seqlens_k.tolist()
-    outs = []
-    for b, (rows, columns) in enumerate(zip(pairwise(ends_q), pairwise(ends_k), strict=True)):
-        q_b, (k_b, v_b) = q[None, slice(*rows)], (x[None, slice(*columns)] for x in (k, v))
-        outs.append(attention(q_b, k_b, v_b, _of_sequence(options, b))[0])
-    return torch.cat(outs)
+    return reference.attention_packed(q, k, v, packing, options, attend=attention)
 
 
 def attention_with_kvcache(q: Tensor, k_cache: Tensor, v_cache: Tensor, cache: Cache, options: Options) -> Tensor:
@@ -79,7 +74,7 @@ def attention_with_kvcache(q: Tensor, k_cache: Tensor, v_cache: Tensor, cache: C
     outs = []
     for b, filled in enumerate(cache.append(k_cache, v_cache).tolist()):
         k_b, v_b = k_cache[None, b, :filled], v_cache[None, b, :filled]
-        outs.append(attention(q[None, b], k_b, v_b, _of_sequence(options, b)))
+        outs.append(attention(q[None, b], k_b, v_b, of_sequence(options, b)))
     return torch.cat(outs)
 
 
@@ -109,11 +104,6 @@ def block_sizes(head_dim: int, on_chip_bytes: int, itemsize: int) -> tuple[int, 
 def _power_of_two(n: int) -> int:
     """Round down to a power of two, not below 1."""
     return 1 << max(n.bit_length() - 1, 0)
-
-
-def _of_sequence(options: Options, b: int) -> Options:
-    slopes = options.alibi_slopes
-    return options if slopes is None or slopes.ndim == 1 else options._replace(alibi_slopes=slopes[b])
 
 
 class _Attention(torch.autograd.Function):
@@ -309,113 +299,3 @@ def counting() -> Iterator[Traffic]:
         yield _traffic
     finally:
         _traffic = outer
-
-
-def traffic(
-    algorithm: Literal["standard", "tiled", "block_sparse"],
-    seqlen: int,
-    head_dim: int,
-    density: float = 1.0,
-    *,
-    backward: bool = False,
-    dtype: torch.dtype = torch.bfloat16,
-    on_chip_bytes: int = ON_CHIP_BYTES,
-) -> dict[str, int]:
-    """Count the bytes that one head moves in one pass, beside what theory says.
-
-    Args:
-        algorithm: "standard" writes the scores to slow memory, "tiled" does not, "block_sparse" is tiled with a mask.
-        seqlen: Queries and keys.
-        head_dim: Length of a row of q, k or v.
-        density: Share of the blocks of scores that are computed, for "block_sparse"; rounded to whole blocks.
-        backward: Count the backward pass instead of the forward pass.
-        dtype: Of q, k and v.
-        on_chip_bytes: Memory for the tiles of one head.
-
-    Returns:
-        bytes_read, bytes_written, and theory_bytes, which is to be the sum of the two.
-    """
-    if algorithm == "standard":
-        counted = _standard_traffic(seqlen, head_dim, dtype, backward)
-    else:
-        blocks = _block_mask(seqlen, density) if algorithm == "block_sparse" else None
-        density = 1.0 if blocks is None else int(blocks.sum()) / blocks.numel()
-        options = Options(head_dim**-0.5, block_mask=blocks)
-        q, k, v = (torch.zeros(1, seqlen, 1, head_dim, dtype=dtype, requires_grad=True) for _ in range(3))
-        with counting() as counted:
-            out = attention(q, k, v, options, on_chip_bytes)
-        if backward:
-            with counting() as counted:
-                out.backward(torch.zeros_like(out))
-    theory = theory_bytes(
-        algorithm, seqlen, head_dim, density, backward=backward, dtype=dtype, on_chip_bytes=on_chip_bytes
-    )
-    return {"bytes_read": counted.bytes_read, "bytes_written": counted.bytes_written, "theory_bytes": theory}
-
-
-def theory_bytes(
-    algorithm: Literal["standard", "tiled", "block_sparse"],
-    seqlen: int,
-    head_dim: int,
-    density: float = 1.0,
-    *,
-    backward: bool = False,
-    dtype: torch.dtype = torch.bfloat16,
-    on_chip_bytes: int = ON_CHIP_BYTES,
-) -> int:
-    """Return the bytes that one head moves in one pass, from the papers' counts with the constants of these tiles.
-
-    With N the length, d the head dimension, s the density and M the items that fit on chip: Theta(Nd + N^2) for
-    standard attention, Theta(Nd + s N^2 d^2 / M) for the tiled kinds, where the large tiles hold M / 4d rows. Exact for
-    a block mask if 128 divides the length.
-
-    Source: FlashAttention, Theorem 2 and Theorem 5 (forward and backward), Proposition 4 (block-sparse).
-    """
-    itemsize = dtype.itemsize
-    rows, square = seqlen * head_dim * itemsize, seqlen**2 * itemsize  # of one matrix
-    if algorithm == "standard":  # forward: Q K^T, softmax, P V; backward: P^T dO, dO V^T, softmax, dS K, dS^T Q
-        return 8 * rows + 7 * square if backward else 4 * rows + 4 * square
-    passes = density * -(-seqlen // block_sizes(head_dim, on_chip_bytes, itemsize)[0])  # over the streamed tiles
-    sum_size = max(itemsize, 4)
-    sums, statistic = seqlen * head_dim * sum_size, seqlen * sum_size
-    if not backward:  # once Q, O, m and l; each pass K and V
-        return round(2 * rows + 2 * statistic + passes * 2 * rows)
-    prologue = 2 * rows + statistic + sums  # dO and O; D and a dQ of zeros
-    each_pass = 2 * rows + 3 * statistic + 2 * sums  # Q and dO; m, l and D; dQ there and back
-    epilogue = sums + rows if itemsize < sum_size else 0  # dQ rounded to the inputs' precision
-    return round(prologue + 4 * rows + passes * each_pass + epilogue)  # 4: once K, V, dK and dV
-
-
-def _standard_traffic(seqlen: int, head_dim: int, dtype: torch.dtype, backward: bool) -> Traffic:
-    """Count the inputs and the output of each step of standard attention, on tensors without values.
-
-    Source: FlashAttention, Algorithms 0 and 3.
-    """
-    counted = Traffic()
-
-    def step(operation: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-        output = operation(*inputs)
-        counted.bytes_read += sum(x.nbytes for x in inputs)
-        counted.bytes_written += output.nbytes
-        return output
-
-    q, k, v, dout = (torch.empty(seqlen, head_dim, dtype=dtype, device="meta") for _ in range(4))
-    p = torch.empty(seqlen, seqlen, dtype=dtype, device="meta")
-    if not backward:
-        s = step(torch.matmul, q, k.mT)
-        p = step(lambda s: s.softmax(dim=-1), s)
-        step(torch.matmul, p, v)
-    else:
-        step(torch.matmul, p.mT, dout)
-        dp = step(torch.matmul, dout, v.mT)
-        ds = step(lambda p, dp: p * (dp - (p * dp).sum(dim=-1, keepdim=True)), p, dp)
-        step(torch.matmul, ds, k)
-        step(torch.matmul, ds.mT, q)
-    return counted
-
-
-def _block_mask(seqlen: int, density: float) -> Tensor:
-    """Scatter the asked share of non-zero blocks, the same for the same arguments."""
-    n = -(-seqlen // BLOCK_SIZE)
-    order = torch.randperm(n * n, generator=torch.Generator().manual_seed(0))
-    return (order < round(density * n * n)).view(n, n)

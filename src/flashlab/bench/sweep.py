@@ -232,12 +232,16 @@ class _Result:
             rows = {_key(row): row for row in found["rows"]}
             if found["kind"] != self.record["kind"]:
                 raise ValueError(found["kind"])
-            for name in (*SAME, *(f"config.{key}" for key in config)):
+            for name in (*SAME, *(f"config.{key}" for key in config if key != "grids")):
                 if _look_up(found, name) != _look_up(self.record, name):
                     raise UserError(f"{self.path} is of another sweep, its {name} differs: {remedy}")
+            if not rows.keys() <= {_key(_row(cell)) for cell in self.cells}:  # a sweep may grow, and lose nothing
+                raise UserError(f"{self.path} is of another sweep, with measurements that are none of this: {remedy}")
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{self.path} is no result of a sweep: {remedy}") from error
-        self.record, self.rows = found, rows
+        kept = ("ceilings",) if found["config"] != config else ("ceilings", "traffic")
+        self.record |= {name: found[name] for name in kept if name in found}
+        self.rows = rows
 
     def missing(self) -> list[Cell]:
         return [cell for cell in self.cells if _key(_row(cell)) not in self.rows]
@@ -364,7 +368,7 @@ def _compile_ahead(cells: list[Cell], log: Path, jobs: int, progress: Progress) 
 
 def _traffic(cells: list[Cell]) -> list[Row]:
     """Count the bytes that each algorithm moves for one head, forward, at the lengths of a sweep."""
-    from flashlab.attention.tiled import traffic
+    from flashlab.attention.traffic import bytes_moved
 
     wanted: dict[tuple[Any, int, int, float], None] = {}
     for case in dict.fromkeys(cell.case for cell in cells if cell.case.seqlen <= LONGEST_TRAFFIC):
@@ -372,7 +376,7 @@ def _traffic(cells: list[Cell]) -> list[Row]:
         if case.mask.startswith("blocks:"):
             wanted["block_sparse", case.seqlen, case.head_dim, float(case.mask.partition(":")[2])] = None
     names = ("algorithm", "seqlen", "head_dim", "density")
-    return [dict(zip(names, each, strict=True)) | traffic(*each) for each in wanted]
+    return [dict(zip(names, each, strict=True)) | bytes_moved(*each) for each in wanted]
 
 
 def _jobs(asked: int | None, device: str) -> int:

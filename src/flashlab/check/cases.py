@@ -365,7 +365,10 @@ def full_cases() -> list[Case]:
         *(Case(*words) for words in product(dtypes, HEAD_DIMS, [long], MASKS, ["h6kv2"])),
         *(Case(*words) for words in product(["bfloat16", "float32"], [64], LENGTHS, MASKS, ["h4kv4"])),
         *(Case(*words) for words in product(["float16"], [64], ["129x129"], MASKS, HEADS, FEATURES)),
-        *(Case(*words, *plain, values) for *words, values in product(dtypes, [64, 128], [long], MASKS, ["h6kv2"], VALUES)),
+        *(
+            Case(*words, *plain, values)
+            for *words, values in product(dtypes, [64, 128], [long], MASKS, ["h6kv2"], VALUES)
+        ),
     ]
     return [case for case in dict.fromkeys(cases) if _is_possible(case)]
 

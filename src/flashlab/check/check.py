@@ -1,10 +1,12 @@
 """`flashlab check`: which attention backends are right on this machine."""
 
-import json as json_format
+import difflib
 import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
+from json import dumps
 from pathlib import Path
 from time import monotonic
 from typing import Any, Literal
@@ -12,11 +14,12 @@ from typing import Any, Literal
 import torch
 from rich.console import Console
 from rich.live import Live
-from rich.table import Table
+from rich.table import Column, Table
 
 from flashlab.attention import AttentionSpec, attention, resolve
 from flashlab.attention.backends import BACKENDS, why_not
-from flashlab.check.cases import DTYPES, HEAD_DIMS, Case, parse
+from flashlab.check.cases import DTYPES, HEAD_DIMS, describe, parse
+from flashlab.check.judge import Errors
 from flashlab.check.run import Row, Task, plan, run
 from flashlab.errors import UserError, writing
 from flashlab.machine import provenance
@@ -28,7 +31,8 @@ METHOD = (
     "NaN and infinity, values never written, inputs overwritten, caches bit by bit, and the same bits when repeated."
 )
 STATUSES = ("ok", "unsupported", "wrong", "oom")
-PLAIN_EVERY_S = 10.0
+SAY_EVERY_S = 10.0  # where there is no terminal
+SAY_WRONG = 10  # of each backend
 
 
 def check(
@@ -100,26 +104,124 @@ class Board:
 
     def __init__(self, console: Console, tasks: Sequence[Task], device: torch.device) -> None:
         self.console, self.device = console, device
-        self.total = sum(len(task.backends) for task in tasks)
         self.rows: dict[str, list[Row]] = {name: [] for task in tasks for name in task.backends}
-        self.counts = {name: Counter[str]() for name in self.rows}
-        self.worst: dict[str, tuple[float, str, Row]] = {}
+        self.total = Counter(name for task in tasks for name in task.backends)
 
     def watch(self, rows: Iterable[Row]) -> list[Row]:
         """Show the rows as they come, and return them."""
         seen: list[Row] = []
         said_s = monotonic()
-        with Live(self._table(), console=self.console, transient=True) if self.console.is_terminal else nullcontext() as live:
+        with (
+            Live(self._table(), console=self.console, transient=True)
+            if self.console.is_terminal
+            else nullcontext() as live
+        ):
             for row in rows:
                 seen.append(row)
-                self._add(row)
+                self.rows[row.backend].append(row)
+                if row.verdict.status == "wrong":
+                    self._say_wrong(row)
                 if live is not None:
                     live.update(self._table())
-                elif monotonic() - said_s > PLAIN_EVERY_S:
+                elif monotonic() - said_s > SAY_EVERY_S:
                     said_s = monotonic()
-                    self._say(f"{len(seen)} of {self.total}: {row.backend} {row.verdict.status} in {row.case.name}")
+                    self._say(
+                        f"{len(seen)} of {self.total.total()}: {row.backend} {row.verdict.status} in {row.case.name}"
+                    )
         return seen
 
     def summarise(self) -> None:
-        self.console.print(self._table(final=True))
-        ...
+        """Show the table of all rows, and why some were not judged."""
+        self.console.print(self._table())
+        for status in ("ok", "unsupported", "oom"):
+            for name, rows in self.rows.items():
+                reasons = Counter(row.verdict.reason for row in rows if row.verdict.status == status)
+                for reason, count in reasons.items():
+                    if reason is not None:
+                        self._say(f"{name}: {count} {status}: {reason}")
+        wrong = {name: count for name in self.rows if (count := self._count(name, "wrong"))}
+        verdict = ", ".join(f"{name} in {count}" for name, count in wrong.items())
+        self._say(f"WRONG: {verdict} of its cases" if wrong else "nothing is wrong")
+
+    def _say(self, line: str) -> None:
+        self.console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    def _say_wrong(self, row: Row) -> None:
+        if (count := self._count(row.backend, "wrong")) <= SAY_WRONG:
+            self._say(f"WRONG {row.backend} in {row.case.name}: {row.verdict.reason}")
+            self._say(
+                f"  again: flashlab check --device {self.device.type} --backend {row.backend} --case {row.case.name}"
+            )
+        elif count == SAY_WRONG + 1:
+            self._say(f"WRONG {row.backend} in more cases, which are only counted here (--json lists them)")
+
+    def _count(self, name: str, status: str) -> int:
+        return sum(row.verdict.status == status for row in self.rows[name])
+
+    def _table(self) -> Table:
+        """Lay out a line for each backend: counts, and the errors of the latest case, or of the worst at the end."""
+        columns = (
+            *(Column(status, justify="right") for status in STATUSES),
+            "",
+            "error",
+            "standard's",
+            "allowed",
+            "case",
+        )
+        table = Table("backend", *columns, box=None, pad_edge=False)
+        for name, rows in self.rows.items():
+            done = len(rows) == self.total[name]
+            judged = [row for row in rows if row.verdict.errors]
+            cells = [""] * 5
+            if judged:
+                row = max(judged, key=lambda row: _worst(row)[0]) if done else judged[-1]
+                _, tensor, errors = _worst(row)
+                cells = [tensor, *(f"{x:.2g}" for x in errors[:3]), row.case.name]
+            counts = [str(self._count(name, status) or "") for status in STATUSES]
+            table.add_row(name, *counts, *cells, style="red" if self._count(name, "wrong") else None)
+        return table
+
+
+def _worst(row: Row) -> tuple[float, str, Errors]:
+    """Return the output or gradient of a row that is nearest to what is allowed, or furthest beyond it."""
+    return max((each.error / each.allowed, name, each) for name, each in row.verdict.errors.items())
+
+
+def _known(option: str, asked: list[Any] | None, known: Iterable[Any]) -> list[Any] | None:
+    """Refuse what does not exist, naming the nearest."""
+    for each in asked or []:
+        if each not in known:
+            nearest = difflib.get_close_matches(str(each), list(map(str, known)), n=1, cutoff=0.0)[0]
+            raise UserError(f"{option}: there is no {each!r}; did you mean {nearest}? ({', '.join(map(str, known))})")
+    return asked
+
+
+def _device(asked: str) -> torch.device:
+    if asked == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch sees no CUDA device (`flashlab doctor` says why)")
+    return torch.device("cuda" if asked == "auto" and torch.cuda.is_available() else asked.replace("auto", "cpu"))
+
+
+def _as_json(row: Row, device: torch.device) -> dict[str, Any]:
+    resolved = resolve("auto", describe(row.case, device)) if row.backend == "auto" else row.backend
+    return {
+        "backend": row.backend,
+        "resolved": resolved,
+        "case": {"name": row.case.name, **asdict(row.case)},
+        "status": row.verdict.status,
+        "reason": row.verdict.reason,
+        "errors": {name: errors._asdict() for name, errors in row.verdict.errors.items()},
+    }
+
+
+def _write(path: Path, facts: dict[str, Any] | None) -> None:
+    """Write a file of facts, or only see whether it could be written."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    with writing(path):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial.write_text(dumps(facts, indent=1) + "\n", encoding="utf-8")
+            if facts is not None:
+                partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)

@@ -16,8 +16,8 @@ from flashlab.check.cases import Inputs
 Results = dict[str, Tensor]
 
 
-class Sequence(NamedTuple):
-    """Inputs of one dense call, ``[B, S, H, D]``."""
+class Dense(NamedTuple):
+    """Inputs of one plain call, ``[B, S, H, D]``."""
 
     q: Tensor
     k: Tensor
@@ -29,14 +29,14 @@ class Sequence(NamedTuple):
 def standard_attention(inputs: Inputs, needs_grad: bool) -> Results:
     """Compute out, and dq, dk and dv, or the caches after the call, in the precision of the inputs."""
     leaves = [x.detach().clone().requires_grad_(needs_grad) for x in (inputs.q, inputs.k, inputs.v)]
-    of_leaves = inputs._replace(**dict(zip("qkv", leaves, strict=True)))
-    outs = [reference.attention(s.q, s.k, s.v, s.options) for s in _sequences(of_leaves)]
-    out = _join(outs, inputs)
+    q, k, v = leaves
+    calls = _sequences(inputs._replace(q=q, k=k, v=v))
+    out = _join([reference.attention(dense.q, dense.k, dense.v, dense.options) for dense in calls], inputs)
     results = {"out": out.detach()}
     if needs_grad:
         results |= zip(("dq", "dk", "dv"), torch.autograd.grad(out, leaves, inputs.grad_out), strict=True)
     if inputs.layout in ("append", "read"):
-        results |= {"k_cache": leaves[1], "v_cache": leaves[2]}
+        results |= {"k_cache": k, "v_cache": v}
     return results
 
 
@@ -50,15 +50,13 @@ def rounding(inputs: Inputs, needs_grad: bool) -> Results:
         inputs: In float64.
         needs_grad: Bound gradients too.
     """
-    bounds = [
-        _rounding(sequence, needs_grad)
-        for sequence in _sequences(inputs._replace(k=inputs.k.clone(), v=inputs.v.clone()))
-    ]
+    own_caches = inputs._replace(k=inputs.k.clone(), v=inputs.v.clone())
+    bounds = [_rounding(dense, needs_grad) for dense in _sequences(own_caches)]
     return {name: _join([each[name] for each in bounds], inputs) for name in bounds[0]}
 
 
-def _rounding(sequence: Sequence, needs_grad: bool) -> Results:
-    q, k, v, grad_out, options = sequence
+def _rounding(dense: Dense, needs_grad: bool) -> Results:
+    q, k, v, grad_out, options = dense
     seqlens, scale, groups = (q.shape[1], k.shape[1]), options.softmax_scale, q.shape[2] // k.shape[2]
     k, v = k.repeat_interleave(groups, dim=2), v.repeat_interleave(groups, dim=2)
     scores, score_sizes = scale * _products(q, k), scale * _products(q.abs(), k.abs())
@@ -93,23 +91,23 @@ def _sum_queries(weights: Tensor, q: Tensor) -> Tensor:
     return torch.einsum("bhqk,bqhd->bkhd", weights, q)
 
 
-def _sequences(inputs: Inputs) -> Iterator[Sequence]:
+def _sequences(inputs: Inputs) -> Iterator[Dense]:
     """Take the inputs apart; a cache is appended to, in place."""
     q, k, v, grad_out, options = inputs[:5]
     if inputs.layout == "dense":
-        yield Sequence(q, k, v, grad_out, options)
+        yield Dense(q, k, v, grad_out, options)
     elif inputs.layout == "packed":
         lens_q, lens_k = inputs.seqlens_q, inputs.seqlens_k
         parts = zip(q.split(lens_q), k.split(lens_k), v.split(lens_k), grad_out.split(lens_q), strict=True)
-        for n, part in enumerate(parts):
-            yield Sequence(*(x[None] for x in part), _options_of(options, n))
+        for n, (q, k, v, grad_out) in enumerate(parts):
+            yield Dense(q[None], k[None], v[None], grad_out[None], _options_of(options, n))
     else:
         for b, filled in enumerate(inputs.seqlens_k):
             if inputs.new is not None:
                 start, filled = filled, filled + inputs.new[0].shape[1]
                 k[b, start:filled], v[b, start:filled] = inputs.new[0][b], inputs.new[1][b]
             row = slice(b, b + 1)
-            yield Sequence(q[row], k[row, :filled], v[row, :filled], grad_out[row], _options_of(options, b))
+            yield Dense(q[row], k[row, :filled], v[row, :filled], grad_out[row], _options_of(options, b))
 
 
 def _options_of(options: Options, sequence: int) -> Options:

@@ -102,7 +102,9 @@ def _run_in_workers(tasks: Sequence[Task], device: torch.device) -> Iterator[Row
     groups: dict[tuple[object, ...], list[Task]] = {}
     for task in tasks:
         case = task.case
-        groups.setdefault((case.dtype, case.head_dim, case.mask, case.heads, case.feature, case.layout), []).append(task)
+        groups.setdefault((case.dtype, case.head_dim, case.mask, case.heads, case.feature, case.layout), []).append(
+            task
+        )
     compiled = [group for group in groups.values() if any(set(COMPILED) & set(task.backends) for task in group)]
     waiting = [group for group in groups.values() if group not in compiled] + compiled[::-1]  # taken from its end
     idle: list[Worker] = []
