@@ -362,8 +362,8 @@ def _check_packing(
             "q, k and v must be [rows, heads, head_dim], k and v of as many rows; got q {}, k {}, v {}".format(*shapes)
         )
     if cu_seqlens_q.dim() != 1 or cu_seqlens_q.shape != cu_seqlens_k.shape or cu_seqlens_q.shape[0] < 2:
-        shapes = tuple(cu_seqlens_q.shape), tuple(cu_seqlens_k.shape)
-        raise ValueError("cu_seqlens_q and cu_seqlens_k must both be [sequences + 1]; got {} and {}".format(*shapes))
+        both = tuple(cu_seqlens_q.shape), tuple(cu_seqlens_k.shape)
+        raise ValueError("cu_seqlens_q and cu_seqlens_k must both be [sequences + 1]; got {} and {}".format(*both))
     for name, x, ends, longest in (("q", q, cu_seqlens_q, max_seqlen_q), ("k", k, cu_seqlens_k, max_seqlen_k)):
         if ends.dtype != torch.int32 or ends.device != x.device:
             raise ValueError(f"cu_seqlens_{name} must be torch.int32 on {x.device}; got {ends.dtype} on {ends.device}")

@@ -50,7 +50,10 @@ def attention_packed(
     ends_q, ends_k = packing.cu_seqlens_q.tolist(), packing.cu_seqlens_k.tolist()
     sequences = zip(_split(q, ends_q), _split(k, ends_k), _split(v, ends_k), strict=True)
     return torch.cat(
-        [attend(*(x[None] for x in sequence), of_sequence(options, n))[0] for n, sequence in enumerate(sequences)]
+        [
+            attend(q_n[None], k_n[None], v_n[None], of_sequence(options, n))[0]
+            for n, (q_n, k_n, v_n) in enumerate(sequences)
+        ]
     )
 
 
