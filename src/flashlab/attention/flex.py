@@ -143,16 +143,18 @@ def _has_few_queries(q: Tensor, k: Tensor) -> bool:
     return q.shape[1] * groups <= BLOCK_SIZE // 2 and groups & (groups - 1) == 0 and head_dim & (head_dim - 1) == 0
 
 
-def _run(layout: Callable[..., Tensor], kind: _Kind, q: Tensor, k: Tensor, v: Tensor, *others: Any) -> Tensor:
+def _run(
+    layout: Callable[..., Tensor], kind: _Kind, q: Tensor, k: Tensor, v: Tensor, slopes: Tensor | None, *others: Any
+) -> Tensor:
     if not torch.is_grad_enabled():  # on the CPU torch refuses what could have gradients, even if none are asked for
         q, k, v = q.detach(), k.detach(), v.detach()
-    q, k, v = _within_reach(q), _within_reach(k), _within_reach(v)
+    slopes = None if slopes is None else slopes.detach()
+    inputs = (_within_reach(q), _within_reach(k), _within_reach(v), slopes, *others)
     if torch.compiler.is_compiling():  # the kernel becomes a part of the caller's graph
-        return layout(kind, q, k, v, *others)
+        return layout(kind, *inputs)
     varies = layout is _packed
-    given = [_describe(x, varies) for x in (q, k, v, *others)]
-    key = (*given, q.shape[1] == k.shape[1], torch.is_grad_enabled())
-    return _compiled(layout, kind, key, q.device.type, varies)(kind, q, k, v, *others)
+    key = (*(_describe(x, varies) for x in inputs), q.shape[1] == k.shape[1], torch.is_grad_enabled())
+    return _compiled(layout, kind, key, q.device.type, varies)(kind, *inputs)
 
 
 def _describe(x: Tensor | _Tables | None, varies: bool) -> Any:
@@ -289,7 +291,6 @@ def _attend(
         distance: The distance, in batch b, of query i and key j.
         slope_row: The row r of slopes that is meant, in batch b, for query i.
     """
-    slopes = None if slopes is None else slopes.detach()
     if not torch.compiler.is_compiling():  # uncompiled it would need memory for all scores, and say nothing
         raise UserError("flex_attention needs torch.compile, which is switched off (TORCH_COMPILE_DISABLE or a stance)")
 

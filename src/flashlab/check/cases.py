@@ -130,9 +130,10 @@ def parse(name: str) -> Case:
     Raises:
         UserError: the name does not describe a case; the message says which word and what it may be.
     """
+    wrong_form = UserError(f"--case: {name!r} must read {_WORDS}, such as {Case().name}")
     words = name.split("/")
     if len(words) != len(_WORDS.split("/")):
-        raise UserError(f"--case: {name!r} must read {_WORDS}, such as {Case().name}")
+        raise wrong_form
     dtype, head_dim, lengths, mask, heads, feature, layout, values = words
     for kind, word, known in (
         ("dtype", dtype, tuple(DTYPES)),
@@ -144,12 +145,12 @@ def parse(name: str) -> Case:
             raise UserError(f"--case: no {kind} {word!r} in {name!r}; there are {', '.join(known)}")
     try:
         case = Case(dtype, int(head_dim[1:]), lengths, mask, heads, feature, layout, values)
-        sizes = (*case.seqlens, *case.num_heads, case.head_dim)
+        (num_heads, num_kv_heads), smallest = case.num_heads, min(*case.seqlens, *case.num_heads, case.head_dim)
+        if smallest < 1 or num_heads % num_kv_heads or case.name != name:
+            raise wrong_form
         _mask(mask, case.seqlens, torch.Generator())
     except ValueError:
-        sizes = (0,)
-    if min(sizes) < 1 or case.name != name or case.num_heads[0] % case.num_heads[1]:
-        raise UserError(f"--case: {name!r} must read {_WORDS}, such as {Case().name}")
+        raise wrong_form from None
     if not _is_possible(case):
         raise UserError(f"--case: {name!r} asks for what no call offers, such as a block mask on a cache")
     return case
@@ -357,17 +358,15 @@ def few_kinds() -> list[Case]:
 
 def full_cases() -> list[Case]:
     """Cross the factors where that is cheap, and cover every pair of their levels."""
-    dtypes = tuple(DTYPES)
-    long, plain = "129x257", ("plain", "dense")
     cases = [
         *quick_cases(),
         *covering_cases(),
-        *(Case(*words) for words in product(dtypes, HEAD_DIMS, [long], MASKS, ["h6kv2"])),
+        *(Case(*words) for words in product(DTYPES, HEAD_DIMS, ["129x257"], MASKS, ["h6kv2"])),
         *(Case(*words) for words in product(["bfloat16", "float32"], [64], LENGTHS, MASKS, ["h4kv4"])),
         *(Case(*words) for words in product(["float16"], [64], ["129x129"], MASKS, HEADS, FEATURES)),
         *(
-            Case(*words, *plain, values)
-            for *words, values in product(dtypes, [64, 128], [long], MASKS, ["h6kv2"], VALUES)
+            Case(dtype, head_dim, "129x257", mask, "h6kv2", values=values)
+            for dtype, head_dim, mask, values in product(DTYPES, [64, 128], MASKS, VALUES)
         ),
     ]
     return [case for case in dict.fromkeys(cases) if _is_possible(case)]
@@ -387,7 +386,7 @@ def chosen_cases(*, full: bool, compiled: bool) -> list[Case]:
 
 def covering_cases() -> list[Case]:
     """Cover every possible pair of levels of two factors, with few cases."""
-    factors = {
+    factors: dict[str, tuple[Any, ...]] = {
         "dtype": tuple(DTYPES),
         "head_dim": HEAD_DIMS,
         "lengths": LENGTHS,

@@ -2,8 +2,9 @@
 
 import difflib
 import os
+import shlex
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from json import dumps
@@ -18,17 +19,18 @@ from rich.table import Column, Table
 
 from flashlab.attention import AttentionSpec, attention, resolve
 from flashlab.attention.backends import BACKENDS, why_not
-from flashlab.check.cases import DTYPES, HEAD_DIMS, describe, parse
+from flashlab.check.cases import DTYPES, describe, parse
 from flashlab.check.judge import Errors
 from flashlab.check.run import Row, Task, plan, run
 from flashlab.errors import UserError, writing
 from flashlab.machine import provenance
 
 METHOD = (
-    "Every result is compared with standard attention in float64. Rule 1: its largest error is at most `allowed`, twice "
-    "that of standard attention in the same precision plus rounding. Rule 2: the same with root mean squares, in blocks of "
-    "128 or more rows of one head; `mean_ratio` is the worst block's error over what is allowed. Also judged: shape, dtype, "
-    "NaN and infinity, values never written, inputs overwritten, caches bit by bit, and the same bits when repeated."
+    "Every result is compared with standard attention in float64. Rule 1: its largest error is at most `allowed`, "
+    "twice that of standard attention in the same precision plus rounding. Rule 2: the same with root mean squares, in "
+    "blocks of 128 or more rows of one head; `mean_ratio` is the worst block's error over what is allowed. Also: "
+    "shape, dtype, NaN and infinity, values never written, inputs overwritten, caches bit by bit, the same bits when "
+    "repeated."
 )
 STATUSES = ("ok", "unsupported", "wrong", "oom")
 SAY_EVERY_S = 10.0  # where there is no terminal
@@ -62,11 +64,11 @@ def check(
         raise UserError("--quick and --full exclude each other: choose one")
     on, backends = _device(device), _known("--backend", backend, ["auto", *BACKENDS]) or [*BACKENDS, "auto"]
     cases = [parse(name) for name in case or []]
-    dtypes, head_dims = _known("--dtype", dtype, DTYPES), _known("--head_dim", head_dim, HEAD_DIMS)
+    dtypes = _known("--dtype", dtype, DTYPES) or DTYPES
     tasks = [
         task
         for task in plan(backends, cases, on, full=full)
-        if task.case.dtype in (dtypes or DTYPES) and task.case.head_dim in (head_dims or [task.case.head_dim])
+        if task.case.dtype in dtypes and (not head_dim or task.case.head_dim in head_dim)
     ]
     if not tasks:
         raise UserError(f"none of the cases has dtype {dtype} and head_dim {head_dim}: leave one out, or take --full")
@@ -105,43 +107,45 @@ class Board:
     def __init__(self, console: Console, tasks: Sequence[Task], device: torch.device) -> None:
         self.console, self.device = console, device
         self.rows: dict[str, list[Row]] = {name: [] for task in tasks for name in task.backends}
-        self.total = Counter(name for task in tasks for name in task.backends)
+        self.total = sum(len(task.backends) for task in tasks)
 
     def watch(self, rows: Iterable[Row]) -> list[Row]:
         """Show the rows as they come, and return them."""
         seen: list[Row] = []
         said_s = monotonic()
-        with (
-            Live(self._table(), console=self.console, transient=True)
-            if self.console.is_terminal
-            else nullcontext() as live
-        ):
+        live = Live(self._table(""), console=self.console, transient=True) if self.console.is_terminal else None
+        with live or nullcontext():
             for row in rows:
                 seen.append(row)
                 self.rows[row.backend].append(row)
                 if row.verdict.status == "wrong":
                     self._say_wrong(row)
+                latest = f"{len(seen)} of {self.total}: {row.backend} {row.verdict.status} in {row.case.name}"
                 if live is not None:
-                    live.update(self._table())
+                    live.update(self._table(latest))
                 elif monotonic() - said_s > SAY_EVERY_S:
                     said_s = monotonic()
-                    self._say(
-                        f"{len(seen)} of {self.total.total()}: {row.backend} {row.verdict.status} in {row.case.name}"
-                    )
+                    self._say(latest)
         return seen
 
     def summarise(self) -> None:
-        """Show the table of all rows, and why some were not judged."""
+        """Show the counts, where each backend came closest to what is allowed, and why cases were left out."""
         self.console.print(self._table())
-        for status in ("ok", "unsupported", "oom"):
-            for name, rows in self.rows.items():
-                reasons = Counter(row.verdict.reason for row in rows if row.verdict.status == status)
-                for reason, count in reasons.items():
-                    if reason is not None:
-                        self._say(f"{name}: {count} {status}: {reason}")
+        for name, rows in self.rows.items():
+            if judged := [row for row in rows if row.verdict.errors]:
+                row = max(judged, key=lambda row: _worst(row)[0])
+                self._say(f"{name} came closest in {row.case.name}: {_errors(row)}")
+        reasons: dict[tuple[str, str], Counter[str]] = {}
+        for row in (row for rows in self.rows.values() for row in rows):
+            if row.verdict.reason and row.verdict.status != "wrong":
+                reasons.setdefault((row.verdict.status, row.verdict.reason), Counter())[row.backend] += 1
+        for (status, reason), names in reasons.items():
+            self._say(f"{status}: {', '.join(f'{name} ({count})' for name, count in names.items())}: {reason}")
         wrong = {name: count for name in self.rows if (count := self._count(name, "wrong"))}
-        verdict = ", ".join(f"{name} in {count}" for name, count in wrong.items())
-        self._say(f"WRONG: {verdict} of its cases" if wrong else "nothing is wrong")
+        if wrong:
+            self._say(f"WRONG: {', '.join(f'{name} in {count} cases' for name, count in wrong.items())}")
+        else:
+            self._say("nothing is wrong")
 
     def _say(self, line: str) -> None:
         self.console.print(line, markup=False, highlight=False, soft_wrap=True)
@@ -149,50 +153,44 @@ class Board:
     def _say_wrong(self, row: Row) -> None:
         if (count := self._count(row.backend, "wrong")) <= SAY_WRONG:
             self._say(f"WRONG {row.backend} in {row.case.name}: {row.verdict.reason}")
-            self._say(
-                f"  again: flashlab check --device {self.device.type} --backend {row.backend} --case {row.case.name}"
-            )
+            again = ["--device", self.device.type, "--backend", f"[{row.backend}]", "--case", f"[{row.case.name}]"]
+            self._say(f"  again: {shlex.join(['flashlab', 'check', *again])}")
         elif count == SAY_WRONG + 1:
             self._say(f"WRONG {row.backend} in more cases, which are only counted here (--json lists them)")
 
     def _count(self, name: str, status: str) -> int:
         return sum(row.verdict.status == status for row in self.rows[name])
 
-    def _table(self) -> Table:
-        """Lay out a line for each backend: counts, and the errors of the latest case, or of the worst at the end."""
-        columns = (
-            *(Column(status, justify="right") for status in STATUSES),
-            "",
-            "error",
-            "standard's",
-            "allowed",
-            "case",
-        )
-        table = Table("backend", *columns, box=None, pad_edge=False)
+    def _table(self, latest: str | None = None) -> Table:
+        """Lay out a line for each backend: counts, and while it goes on the errors of its latest case."""
+        table = Table("backend", *(Column(status, justify="right") for status in STATUSES), box=None, caption=latest)
+        if latest is not None:
+            table.add_column("latest errors", no_wrap=True)
         for name, rows in self.rows.items():
-            done = len(rows) == self.total[name]
-            judged = [row for row in rows if row.verdict.errors]
-            cells = [""] * 5
-            if judged:
-                row = max(judged, key=lambda row: _worst(row)[0]) if done else judged[-1]
-                _, tensor, errors = _worst(row)
-                cells = [tensor, *(f"{x:.2g}" for x in errors[:3]), row.case.name]
             counts = [str(self._count(name, status) or "") for status in STATUSES]
-            table.add_row(name, *counts, *cells, style="red" if self._count(name, "wrong") else None)
+            errors = [_errors(rows[-1])] if latest is not None and rows else []
+            table.add_row(name, *counts, *errors, style="red" if self._count(name, "wrong") else None)
         return table
 
 
+def _errors(row: Row) -> str:
+    """Write down the errors of the output or gradient that is nearest to what is allowed, or furthest beyond it."""
+    if not row.verdict.errors:
+        return row.verdict.status
+    _, name, errors = _worst(row)
+    return f"{name} {errors.error:.2g}, standard {errors.standard_error:.2g}, allowed {errors.allowed:.2g}"
+
+
 def _worst(row: Row) -> tuple[float, str, Errors]:
-    """Return the output or gradient of a row that is nearest to what is allowed, or furthest beyond it."""
     return max((each.error / each.allowed, name, each) for name, each in row.verdict.errors.items())
 
 
-def _known(option: str, asked: list[Any] | None, known: Iterable[Any]) -> list[Any] | None:
+def _known(option: str, asked: list[str] | None, known: Collection[str]) -> list[str] | None:
     """Refuse what does not exist, naming the nearest."""
     for each in asked or []:
         if each not in known:
-            nearest = difflib.get_close_matches(str(each), list(map(str, known)), n=1, cutoff=0.0)[0]
-            raise UserError(f"{option}: there is no {each!r}; did you mean {nearest}? ({', '.join(map(str, known))})")
+            nearest = difflib.get_close_matches(each, known, n=1, cutoff=0.0)[0]
+            raise UserError(f"{option}: there is no {each!r}; did you mean {nearest!r}? (there are {', '.join(known)})")
     return asked
 
 

@@ -7,10 +7,10 @@ spoils its process for all that follow, which a worker contains.
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import wait
 from pathlib import Path
 from time import monotonic
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -102,13 +102,12 @@ def _run_in_workers(tasks: Sequence[Task], device: torch.device) -> Iterator[Row
     groups: dict[tuple[object, ...], list[Task]] = {}
     for task in tasks:
         case = task.case
-        groups.setdefault((case.dtype, case.head_dim, case.mask, case.heads, case.feature, case.layout), []).append(
-            task
-        )
+        kind = case.dtype, case.head_dim, case.mask, case.heads, case.feature, case.layout
+        groups.setdefault(kind, []).append(task)
     compiled = [group for group in groups.values() if any(set(COMPILED) & set(task.backends) for task in group)]
     waiting = [group for group in groups.values() if group not in compiled] + compiled[::-1]  # taken from its end
     idle: list[Worker] = []
-    busy: dict[Connection, tuple[Worker, list[Task], float]] = {}
+    busy: dict[Any, tuple[Worker, list[Task], float]] = {}
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "workers.log"
         try:
