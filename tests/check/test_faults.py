@@ -108,7 +108,7 @@ def append_keys_only(step, k_cache, v_cache, k, v, start):
 # What is wrong -> the steps that are replaced; a replacement is given the right step first.
 FAULTS = {
     "scale off by 1 %": {"scale": lambda step, options: 1.01 * step(options)},
-    "scale off by 1 % in the backward pass": {"gradients": lambda step, dq, dk, dv, options: (dq * 1.02, dk, dv)},
+    "scale off by 1 % in the backward pass": {"gradients": lambda step, dq, dk, dv, options: (dq * 1.01, dk, dv)},
     "scale ignored": {"scale": lambda step, options: 0.125},
     "soft cap ignored": {"cap": lambda step, scores, options: scores, "uncap": lambda step, grad, *_: grad},
     "soft cap after the mask": {

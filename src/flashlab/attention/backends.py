@@ -62,10 +62,8 @@ BACKENDS: dict[str, Backend] = {
 def why_not(name: str, spec: AttentionSpec) -> str | None:
     """Say why a backend cannot run a call here, or return None when it can: the one source of every refusal."""
     backend = BACKENDS[name]
-    if (reason := backend.why_not(spec)) is not None:
-        return reason
     if spec.layout == "packed" and backend.run_packed is None:
         return "it has no form for packed sequences"
     if spec.layout == "cache" and backend.run_cached is None:
         return "it has no form for a key-value cache"
-    return None
+    return backend.why_not(spec)

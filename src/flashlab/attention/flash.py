@@ -13,9 +13,10 @@ from flashlab.attention.spec import AttentionSpec, Cache, Options, Packing
 
 # flash-attn 4 installs into the same package `flash_attn` as flash-attn 2: only these modules prove a version.
 MODULES = {2: "flash_attn.flash_attn_interface", 3: "flash_attn_interface", 4: "flash_attn.cute.interface"}
-DISTRIBUTIONS = {2: "flash_attn", 3: "flash_attn_interface", 4: "flash_attn"}
 # compute capability -> what runs there: version 3 is made for Hopper alone
 LOWEST_CAPABILITY = {2: (8, 0), 3: (9, 0), 4: (9, 0)}
+
+_LOADED: dict[int, ModuleType] = {}  # by import_problem, which every call passes first; `import` takes a microsecond
 
 
 def attention(version: int, q: Tensor, k: Tensor, v: Tensor, options: Options) -> Tensor:
@@ -30,7 +31,7 @@ def attention(version: int, q: Tensor, k: Tensor, v: Tensor, options: Options) -
     """
     if version == 4 and torch.compiler.is_compiling():
         return flash4.attention(q, k, v, options)
-    return _out(_module(version).flash_attn_func(q, k, v, **_keywords(version, options)))
+    return _out(_LOADED[version].flash_attn_func(q, k, v, **_keywords(version, options)))
 
 
 def attention_packed(version: int, q: Tensor, k: Tensor, v: Tensor, packing: Packing, options: Options) -> Tensor:
@@ -44,7 +45,7 @@ def attention_packed(version: int, q: Tensor, k: Tensor, v: Tensor, packing: Pac
         packing: Where the sequences begin and end.
         options: How scores become weights.
     """
-    return _out(_module(version).flash_attn_varlen_func(q, k, v, **packing._asdict(), **_keywords(version, options)))
+    return _out(_LOADED[version].flash_attn_varlen_func(q, k, v, **packing._asdict(), **_keywords(version, options)))
 
 
 def attention_with_kvcache(
@@ -62,19 +63,8 @@ def attention_with_kvcache(
     """
     keywords = _keywords(version, options)
     del keywords["deterministic"]  # there is no backward pass
-    run = _module(version).flash_attn_with_kvcache
+    run = _LOADED[version].flash_attn_with_kvcache
     return _out(run(q, k_cache, v_cache, k=cache.k, v=cache.v, cache_seqlens=cache.seqlens, **keywords))
-
-
-def _module(version: int) -> ModuleType:
-    """Import by statement, which torch.compile follows."""
-    if version == 2:
-        from flash_attn import flash_attn_interface as module
-    elif version == 3:
-        import flash_attn_interface as module
-    else:
-        from flash_attn.cute import interface as module
-    return module
 
 
 def _keywords(version: int, options: Options) -> dict[str, Any]:
@@ -130,7 +120,7 @@ def import_problem(version: int) -> str | None:
     """Say why a version of flash-attn cannot be imported, or return None when it can."""
     module = MODULES[version]
     try:
-        import_module(module)
+        _LOADED[version] = import_module(module)
     except ModuleNotFoundError as error:
         missing = error.name or ""
         if module == missing or module.startswith(f"{missing}."):

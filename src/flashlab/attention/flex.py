@@ -219,13 +219,10 @@ def _dense(
 def _packed(
     kind: _Kind, q: Tensor, k: Tensor, v: Tensor, slopes: Tensor | None, ends_q: Tensor, ends_k: Tensor
 ) -> Tensor:
-    row = torch.arange(q.shape[1], dtype=torch.int32, device=q.device)
-    sequence = torch.searchsorted(ends_q[1:], row, right=True).clamp(max=ends_q.shape[0] - 2)
-    last = sequence + 1
-    diagonal = row + (ends_k - ends_q)[last]
+    sequence, diagonal = _packed_rows(ends_q, ends_k, q.shape[1])
     first = torch.maximum(ends_k[sequence], diagonal - kind.left)
-    end = torch.minimum(ends_k[last], diagonal + (kind.right + 1))
-    diagonal, first, end = _in_memory([diagonal, first, end])
+    end = torch.minimum(ends_k[sequence + 1], diagonal + (kind.right + 1))
+    first, end = _in_memory([first, end])
     if slopes is not None and slopes.dim() == 2:
         (slopes,) = _in_memory([slopes[sequence]])
     tables = _tables(first[None], end[None], k.shape[1])
@@ -256,15 +253,32 @@ def _cached(kind: _Kind, q: Tensor, k: Tensor, v: Tensor, slopes: Tensor | None,
     return _attend(kind, q, k, v, slopes, tables, visible, distance, lambda b, i: b)
 
 
+# torch.compile must not look into what is a custom_op here. It would compute again what a mask reads, for each pair of
+# query and key; and on an H200 (torch 2.11) what it made of rows and tables was wrong: rows of a packed batch went to
+# other sequences, and blocks of a cache were visited that hold nothing.
+
+
 @torch.library.custom_op("flashlab::in_memory", mutates_args=())
 def _in_memory(values: list[Tensor]) -> list[Tensor]:
-    """Keep torch.compile from computing again, for each pair of query and key, what a mask reads."""
     return [x.clone() for x in values]
 
 
 @_in_memory.register_fake
 def _(values: list[Tensor]) -> list[Tensor]:
     return [torch.empty_like(x) for x in values]
+
+
+@torch.library.custom_op("flashlab::packed_rows", mutates_args=())
+def _packed_rows(ends_q: Tensor, ends_k: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    """Return the sequence of each row of queries, and the key at distance 0 from it: ``[Tq]`` each."""
+    row = torch.arange(rows, dtype=torch.int32, device=ends_q.device)
+    sequence = torch.searchsorted(ends_q[1:].contiguous(), row, right=True).clamp(max=ends_q.shape[0] - 2)
+    return sequence, row + (ends_k - ends_q)[sequence + 1]
+
+
+@_packed_rows.register_fake
+def _(ends_q: Tensor, ends_k: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    return ends_q.new_empty(rows, dtype=torch.int64), ends_q.new_empty(rows)
 
 
 def _attend(
@@ -336,6 +350,14 @@ def _band_tables(
 def _tables(
     first: Tensor, end: Tensor, seqlen_k: int, block_mask: Tensor | None = None, one_list: bool = False
 ) -> _Tables:
+    listed = _visited_blocks(first, end, seqlen_k, block_mask, one_list)
+    return _Tables(*([*listed[:2], None, None, *listed[2:], None, None] if one_list else listed))
+
+
+@torch.library.custom_op("flashlab::visited_blocks", mutates_args=())
+def _visited_blocks(
+    first: Tensor, end: Tensor, seqlen_k: int, block_mask: Tensor | None, one_list: bool
+) -> list[Tensor]:
     """List the blocks of scores that the kernels visit, from the first visible key of each query and the end.
 
     A block is full when each of its queries sees each of its keys: there the kernels apply no mask. The work is
@@ -347,6 +369,9 @@ def _tables(
         seqlen_k: The number of keys.
         block_mask: bool ``[ceil(Sq / 128), ceil(Sk / 128)]``: the blocks that may be listed.
         one_list: List full blocks with the others.
+
+    Returns:
+        By row, then by column: numbers and columns of the blocks that need the mask, then of the full ones.
     """
     batch_size, seqlen_q = first.shape
     missing = -seqlen_q % BLOCK_SIZE  # queries: they see nothing, so that no block with one of them is full
@@ -358,9 +383,19 @@ def _tables(
     if block_mask is not None:
         some, full = some & block_mask, full & block_mask
     if one_list:
-        return _Tables(*_list(some), None, None, *_list(some.mT), None, None)
+        return [*_list(some), *_list(some.mT)]
     partly = some & ~full
-    return _Tables(*_list(partly), *_list(full), *_list(partly.mT), *_list(full.mT))
+    return [*_list(partly), *_list(full), *_list(partly.mT), *_list(full.mT)]
+
+
+@_visited_blocks.register_fake
+def _(first: Tensor, end: Tensor, seqlen_k: int, block_mask: Tensor | None, one_list: bool) -> list[Tensor]:
+    rows, columns = -(-first.shape[1] // BLOCK_SIZE), -(-seqlen_k // BLOCK_SIZE)
+    listed = []
+    for shape in ((rows, columns), (columns, rows)):
+        for _ in range(1 if one_list else 2):
+            listed += [first.new_empty((first.shape[0], 1, *shape[:1])), first.new_empty((first.shape[0], 1, *shape))]
+    return listed
 
 
 def _list(blocks: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,6 +7,7 @@ bottom-right: the last query stands at the last key. A query that sees no key at
 
 import difflib
 import logging
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -66,7 +67,7 @@ def attention(
         BackendUnavailable: the named backend cannot run this call; the message says why.
         UserError: no backend has this name; the message names the nearest.
     """
-    q, k, v = _prepare(q), _prepare(k), _prepare(v)
+    q, k, v = _prepare(q, k, v)
     options = _options(q, causal, softmax_scale, window_size, softcap, alibi_slopes, block_mask, deterministic)
     name = _plan(backend, "dense", _shapes(q, k, v), _kinds(q, k, v), _features(options), _needs_grad(q, k, v))
     return BACKENDS[name].run(q, k, v, options)
@@ -116,12 +117,14 @@ def attention_packed(
         BackendUnavailable: the named backend cannot run this call; the message says why.
         UserError: no backend has this name; the message names the nearest.
     """
-    q, k, v = _prepare(q), _prepare(k), _prepare(v)
+    q, k, v = _prepare(q, k, v)
     options = _options(q, causal, softmax_scale, window_size, softcap, alibi_slopes, None, deterministic)
     _check_packing(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    count = cu_seqlens_q.shape[0] - 1
+    (count,) = _static(cu_seqlens_q.shape)
+    max_seqlen_q, max_seqlen_k = _static((max_seqlen_q, max_seqlen_k))
     shapes = tuple(
-        (count, longest, *x.shape[1:]) for x, longest in ((q, max_seqlen_q), (k, max_seqlen_k), (v, max_seqlen_k))
+        (count - 1, longest, *_static(x.shape[1:]))
+        for x, longest in ((q, max_seqlen_q), (k, max_seqlen_k), (v, max_seqlen_k))
     )
     name = _plan(backend, "packed", shapes, _kinds(q, k, v), _features(options), _needs_grad(q, k, v))
     run = BACKENDS[name].run_packed
@@ -172,11 +175,12 @@ def attention_with_kvcache(
         BackendUnavailable: the named backend cannot run this call; the message says why.
         UserError: no backend has this name; the message names the nearest.
     """
-    q = _prepare(q)
+    (q,) = _prepare(q)
     if _needs_grad(q, k_cache, v_cache):
         raise ValueError("a key-value cache gives no gradients: call under torch.no_grad()")
     options = _options(q, causal, softmax_scale, window_size, softcap, alibi_slopes, None, False)
-    k, v = (None if x is None else _prepare(x) for x in (k, v))
+    if k is not None and v is not None:
+        k, v = _prepare(k, v)
     cache = _check_cache(q, k_cache, k, v, cache_seqlens)
     kinds = _kinds(q, k_cache, v_cache)
     name = _plan(backend, "cache", _shapes(q, k_cache, v_cache), kinds, _features(options), False)
@@ -213,12 +217,16 @@ def _announce(message: str) -> None:
     logger.info(message)
 
 
-def _prepare(x: Tensor) -> Tensor:
+def _prepare(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Apply autocast, and give the kernels the layout that all of them take: the head dimension contiguous."""
-    kind = x.device.type
-    if kind != "meta" and torch.is_autocast_enabled(kind) and x.dtype in _AUTOCAST_FROM:
-        x = x.to(torch.get_autocast_dtype(kind))
-    return x if x.stride(-1) == 1 else x.contiguous()
+    kind = tensors[0].device.type
+    if kind != "meta" and torch.is_autocast_enabled(kind):
+        dtype = torch.get_autocast_dtype(kind)
+        tensors = tuple(x.to(dtype) if x.dtype in _AUTOCAST_FROM else x for x in tensors)
+    for x in tensors:
+        if x.stride(-1) != 1:
+            return tuple(x if x.stride(-1) == 1 else x.contiguous() for x in tensors)
+    return tensors
 
 
 def _options(
@@ -238,18 +246,23 @@ def _options(
     )
 
 
-def _needs_grad(*tensors: Tensor) -> bool:
-    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+def _needs_grad(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    return (q.requires_grad or k.requires_grad or v.requires_grad) and torch.is_grad_enabled()
 
 
-def _shapes(*tensors: Tensor) -> tuple[tuple[int, ...], ...]:
-    if torch.compiler.is_compiling():  # which kernel runs depends on the lengths: range makes them static
-        return tuple(tuple(len(range(n)) for n in x.shape) for x in tensors)
-    return tuple(x.shape for x in tensors)
+def _shapes(q: Tensor, k: Tensor, v: Tensor) -> tuple[tuple[int, ...], ...]:
+    if torch.compiler.is_compiling():
+        return _static(q.shape), _static(k.shape), _static(v.shape)
+    return q.shape, k.shape, v.shape
 
 
-def _kinds(*tensors: Tensor) -> tuple[tuple[torch.dtype, torch.device], ...]:
-    return tuple((x.dtype, x.device) for x in tensors)
+def _static(numbers: Sequence[int]) -> tuple[int, ...]:
+    """Make numbers constants of a graph under torch.compile: which kernel runs depends on them."""
+    return tuple(len(range(n)) for n in numbers) if torch.compiler.is_compiling() else tuple(numbers)
+
+
+def _kinds(q: Tensor, k: Tensor, v: Tensor) -> tuple[Any, ...]:
+    return q.dtype, k.dtype, v.dtype, q.device, k.device, v.device
 
 
 def _features(options: Options) -> tuple[Any, ...]:
@@ -259,8 +272,8 @@ def _features(options: Options) -> tuple[Any, ...]:
         options.causal,
         options.window_size,
         options.softcap,
-        None if slopes is None else (tuple(slopes.shape), slopes.dtype, slopes.device),
-        None if blocks is None else (tuple(blocks.shape), blocks.dtype, blocks.device),
+        None if slopes is None else (_static(slopes.shape), slopes.dtype, slopes.device),
+        None if blocks is None else (_static(blocks.shape), blocks.dtype, blocks.device),
         options.deterministic,
     )
 
@@ -276,7 +289,7 @@ def _check_and_resolve(
     backend: str,
     layout: str,
     shapes: tuple[tuple[int, ...], ...],
-    kinds: tuple[tuple[torch.dtype, torch.device], ...],
+    kinds: tuple[Any, ...],
     features: tuple[Any, ...],
     needs_grad: bool,
 ) -> str:
@@ -286,7 +299,7 @@ def _check_and_resolve(
 def _describe(
     layout: Any,
     shapes: tuple[tuple[int, ...], ...],
-    kinds: tuple[tuple[torch.dtype, torch.device], ...],
+    kinds: tuple[Any, ...],
     features: tuple[Any, ...],
     needs_grad: bool,
 ) -> AttentionSpec:
@@ -308,7 +321,7 @@ def _describe(
         raise ValueError(
             f"key/value heads must divide the query heads; got {num_heads} query heads, {num_kv_heads} key/value heads"
         )
-    dtypes, devices = zip(*kinds, strict=True)
+    dtypes, devices = kinds[:3], kinds[3:]
     if len(set(dtypes)) > 1 or not dtypes[0].is_floating_point:
         raise ValueError("q, k and v must share one floating-point dtype; got {}, {}, {}".format(*dtypes))
     if len(set(devices)) > 1:

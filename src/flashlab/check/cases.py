@@ -89,6 +89,17 @@ class Case:
         return self.layout in ("dense", "packed") and self.values in ("normal", "huge")
 
     @property
+    def batch_size(self) -> int:
+        if self.layout != "dense":
+            return 3
+        return 1 if self.is_long else 2
+
+    @property
+    def is_long(self) -> bool:
+        seqlen_q, seqlen_k = self.seqlens
+        return seqlen_q * seqlen_k > 2**20
+
+    @property
     def is_cache(self) -> bool:
         return self.layout in ("append", "read")
 
@@ -160,9 +171,8 @@ def make_inputs(case: Case, device: torch.device) -> Inputs:
     """Make the inputs of a case, the same ones on every machine."""
     generator = torch.Generator().manual_seed(zlib.crc32(case.name.encode()))
     (seqlen_q, seqlen_k), (num_heads, num_kv_heads) = case.seqlens, case.num_heads
-    batch_size = 3 if case.is_cache else 1 if seqlen_q * seqlen_k > 2**20 else 2
-    rows_q, rows_k = (batch_size, seqlen_q), (batch_size, seqlen_k)
-    seqlens_q, seqlens_k = [seqlen_q] * batch_size, [seqlen_k] * batch_size
+    rows_q, rows_k = (case.batch_size, seqlen_q), (case.batch_size, seqlen_k)
+    seqlens_q, seqlens_k = [seqlen_q] * case.batch_size, [seqlen_k] * case.batch_size
     if case.layout == "packed":
         seqlens_q, seqlens_k = _shorter(seqlen_q), _shorter(seqlen_k)
         rows_q, rows_k = (1, sum(seqlens_q)), (1, sum(seqlens_k))
@@ -195,7 +205,7 @@ def make_inputs(case: Case, device: torch.device) -> Inputs:
         (x[0] if packed else x).to(device, DTYPES[case.dtype]) for x in (q, grad_out, k, v, new_k, new_v)
     )
     new = (new_k, new_v) if case.layout == "append" else None
-    options = _options(case, len(seqlens_k), generator, device)
+    options = _options(case, generator, device)
     return Inputs(q, k, v, grad_out, options, case.layout, seqlens_q, seqlens_k, new)
 
 
@@ -204,7 +214,7 @@ def describe(case: Case, device: torch.device) -> AttentionSpec:
     (seqlen_q, seqlen_k), (num_heads, num_kv_heads) = case.seqlens, case.num_heads
     causal, window_size, block_mask = _mask(case.mask, case.seqlens, torch.Generator())
     return AttentionSpec(
-        batch_size=2 if case.layout == "dense" else 3,
+        batch_size=case.batch_size,
         seqlen_q=seqlen_q,
         seqlen_k=seqlen_k,
         num_heads=num_heads,
@@ -248,7 +258,7 @@ def spoiled_outputs(case: Case, options: Options, device: torch.device) -> tuple
     """
     num_heads, num_kv_heads = case.num_heads
     batch, key, _ = _spoiled_key(case)
-    must, may = (torch.zeros(2, case.seqlens[0], num_heads, 1, dtype=torch.bool) for _ in range(2))
+    must, may = (torch.zeros(case.batch_size, case.seqlens[0], num_heads, 1, dtype=torch.bool) for _ in range(2))
     readers = slice(0, num_heads // num_kv_heads)  # the query heads that read key/value head 0
     sees = visible(*case.seqlens, options, device)
     sees = torch.ones(case.seqlens, dtype=torch.bool) if sees is None else sees.cpu()
@@ -260,12 +270,12 @@ def spoiled_outputs(case: Case, options: Options, device: torch.device) -> tuple
     return must.to(device), may.to(device)
 
 
-def _options(case: Case, batch_size: int, generator: torch.Generator, device: torch.device) -> Options:
+def _options(case: Case, generator: torch.Generator, device: torch.device) -> Options:
     num_heads, _ = case.num_heads
     slopes = None
     if case.feature == "alibi":  # powers of two, as in ALiBi's paper; each sequence has its own order
         slopes = 2.0 ** -(torch.arange(num_heads) + 1.0)
-        slopes = torch.stack([slopes.roll(n) for n in range(batch_size)]).to(device)
+        slopes = torch.stack([slopes.roll(n) for n in range(case.batch_size)]).to(device)
     causal, window_size, block_mask = _mask(case.mask, case.seqlens, generator)
     return Options(
         softmax_scale=case.head_dim**-0.5 * (0.6 if case.feature == "scale" else 1.0),

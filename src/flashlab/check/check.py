@@ -20,7 +20,7 @@ from rich.table import Column, Table
 from flashlab.attention import AttentionSpec, attention, resolve
 from flashlab.attention.backends import BACKENDS, why_not
 from flashlab.check.cases import DTYPES, describe, parse
-from flashlab.check.judge import Errors
+from flashlab.check.judge import SMALLEST, Errors
 from flashlab.check.run import Row, Task, plan, run
 from flashlab.errors import UserError, writing
 from flashlab.machine import provenance
@@ -107,6 +107,7 @@ class Board:
     def __init__(self, console: Console, tasks: Sequence[Task], device: torch.device) -> None:
         self.console, self.device = console, device
         self.rows: dict[str, list[Row]] = {name: [] for task in tasks for name in task.backends}
+        self.counts: dict[str, Counter[str]] = {name: Counter() for name in self.rows}
         self.total = sum(len(task.backends) for task in tasks)
 
     def watch(self, rows: Iterable[Row]) -> list[Row]:
@@ -118,6 +119,7 @@ class Board:
             for row in rows:
                 seen.append(row)
                 self.rows[row.backend].append(row)
+                self.counts[row.backend][row.verdict.status] += 1
                 if row.verdict.status == "wrong":
                     self._say_wrong(row)
                 latest = f"{len(seen)} of {self.total}: {row.backend} {row.verdict.status} in {row.case.name}"
@@ -141,7 +143,7 @@ class Board:
                 reasons.setdefault((row.verdict.status, row.verdict.reason), Counter())[row.backend] += 1
         for (status, reason), names in reasons.items():
             self._say(f"{status}: {', '.join(f'{name} ({count})' for name, count in names.items())}: {reason}")
-        wrong = {name: count for name in self.rows if (count := self._count(name, "wrong"))}
+        wrong = {name: counts["wrong"] for name, counts in self.counts.items() if counts["wrong"]}
         if wrong:
             self._say(f"WRONG: {', '.join(f'{name} in {count} cases' for name, count in wrong.items())}")
         else:
@@ -151,15 +153,12 @@ class Board:
         self.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def _say_wrong(self, row: Row) -> None:
-        if (count := self._count(row.backend, "wrong")) <= SAY_WRONG:
+        if (count := self.counts[row.backend]["wrong"]) <= SAY_WRONG:
             self._say(f"WRONG {row.backend} in {row.case.name}: {row.verdict.reason}")
             again = ["--device", self.device.type, "--backend", f"[{row.backend}]", "--case", f"[{row.case.name}]"]
             self._say(f"  again: {shlex.join(['flashlab', 'check', *again])}")
         elif count == SAY_WRONG + 1:
             self._say(f"WRONG {row.backend} in more cases, which are only counted here (--json lists them)")
-
-    def _count(self, name: str, status: str) -> int:
-        return sum(row.verdict.status == status for row in self.rows[name])
 
     def _table(self, latest: str | None = None) -> Table:
         """Lay out a line for each backend: counts, and while it goes on the errors of its latest case."""
@@ -167,9 +166,10 @@ class Board:
         if latest is not None:
             table.add_column("latest errors", no_wrap=True)
         for name, rows in self.rows.items():
-            counts = [str(self._count(name, status) or "") for status in STATUSES]
+            counts = self.counts[name]
             errors = [_errors(rows[-1])] if latest is not None and rows else []
-            table.add_row(name, *counts, *errors, style="red" if self._count(name, "wrong") else None)
+            cells = [str(counts[status] or "") for status in STATUSES]
+            table.add_row(name, *cells, *errors, style="red" if counts["wrong"] else None)
         return table
 
 
@@ -182,7 +182,7 @@ def _errors(row: Row) -> str:
 
 
 def _worst(row: Row) -> tuple[float, str, Errors]:
-    return max((each.error / each.allowed, name, each) for name, each in row.verdict.errors.items())
+    return max((each.error / max(each.allowed, SMALLEST), name, each) for name, each in row.verdict.errors.items())
 
 
 def _known(option: str, asked: list[str] | None, known: Collection[str]) -> list[str] | None:

@@ -67,6 +67,8 @@ def _rounding(dense: Dense, needs_grad: bool) -> Results:
     if (mask := reference.visible(*seqlens, options, q.device)) is not None:
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     weights = scores.softmax(dim=-1)
+    if mask is not None:
+        weights = weights.masked_fill(~mask, 0.0)
     moved = weights * score_sizes
     bounds = {"out": _sum_keys(moved, v.abs())}
     if not needs_grad:

@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from flashlab.bench.worker import Worker
+from flashlab.bench.worker import Worker, WorkerLost
 from flashlab.check.cases import Case, chosen_cases
-from flashlab.check.judge import Judge, Verdict
+from flashlab.check.judge import Judge, Verdict, is_out_of_memory, one_line
 
 COMPILED = ("flash_attention_4", "flex_attention", "auto")  # what auto chooses may be one of the others
 TIMEOUT_S = 300.0  # for the cases of one kind; a kernel that hangs would hold up all others
@@ -42,19 +42,20 @@ class DeviceLost(Exception):  # noqa: N818 - reads as the statement it is
     """A backend left the GPU in a state in which this process can no longer use it."""
 
 
-def plan(backends: Sequence[str], cases: Sequence[Case] | None, device: torch.device, *, full: bool) -> list[Task]:
+def plan(backends: Sequence[str], cases: Sequence[Case], device: torch.device, *, full: bool) -> list[Task]:
     """Say which backends are judged by which cases.
 
     Args:
         backends: Names from the table, or "auto".
-        cases: What was asked for by name, or None.
-        device: On the CPU nothing compiles.
+        cases: What was asked for by name; none for a choice.
+        device: CPUs multiply float16 matrices up to a hundred times slower than others, and are spared the long ones.
         full: Take all cases instead of the quick ones.
     """
     by_case: dict[Case, list[str]] = {}
     for backend in backends:
-        compiled = backend in COMPILED and device.type != "cpu"
-        for case in cases or chosen_cases(full=full, compiled=compiled):
+        for case in cases or chosen_cases(full=full, compiled=backend in COMPILED):
+            if not cases and device.type == "cpu" and case.dtype == "float16" and case.is_long:
+                continue
             by_case.setdefault(case, []).append(backend)
     return [Task(case, tuple(names)) for case, names in by_case.items()]
 
@@ -72,8 +73,10 @@ def judge(task: Task, device: torch.device) -> Iterator[Row]:
     """Judge the backends of a task by its case."""
     try:
         by_case = Judge(task.case, device)
-    except torch.OutOfMemoryError as error:
-        verdict = Verdict("oom", f"the reference: {' '.join(str(error).split())}", {})
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        verdict = Verdict("oom", f"the reference: {one_line(error)}", {})
         yield from (Row(task.case, backend, verdict) for backend in task.backends)
         return
     for backend in task.backends:
@@ -134,18 +137,21 @@ def _run_in_workers(tasks: Sequence[Task], device: torch.device) -> Iterator[Row
 
 def _run_alone(group: Sequence[Task], device: torch.device, log: Path) -> Iterator[Row]:
     """Judge one by one, so that whatever breaks its process breaks nothing else."""
-    worker = Worker(log)
+    worker = None
     try:
         for case, backends in group:
             for backend in backends:
+                worker = worker or Worker(log)
                 try:
                     yield from worker.call(judge_all, [Task(case, (backend,))], str(device), timeout_s=TIMEOUT_S)
                 except Exception as error:
-                    yield Row(case, backend, Verdict("wrong", str(error), {}))
+                    words = "" if isinstance(error, DeviceLost | WorkerLost) else f"raised {type(error).__name__}: "
+                    yield Row(case, backend, Verdict("wrong", words + one_line(error), {}))
                     worker.stop()
-                    worker = Worker(log)
+                    worker = None
     finally:
-        worker.stop()
+        if worker is not None:
+            worker.stop()
 
 
 def _num_workers(device: torch.device) -> int:
