@@ -30,10 +30,10 @@ COMMAND_OF_EXAMPLES = {"btc_forecast": "train", "attention_bench": "bench sweep"
 MAY_IMPORT = {  # part of the package -> the parts it may import
     "errors": set(),
     "attention": {"errors"},
-    "machine": {"attention"},
+    "machine": {"attention", "errors"},
     "doctor": {"machine"},
-    "check": {"attention", "errors", "machine"},
-    "bench": {"attention", "errors", "machine", "report"},
+    "check": {"attention", "errors", "machine", "worker"},
+    "bench": {"attention", "errors", "machine", "report", "worker"},
     "btc": {"attention", "errors", "machine", "report"},
     "report": {"errors"},
     "results": {"attention", "bench", "btc", "errors", "report"},

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import is_dataclass
 from importlib import import_module
+from itertools import takewhile
 from typing import Any, NoReturn, get_args, get_origin
 
 import docstring_parser
@@ -106,14 +107,21 @@ def _positionals(command: Callable[..., Any]) -> dict[str, inspect.Parameter]:
 
 
 def _complete_flags(command: Callable[..., Any], argv: list[str]) -> list[str]:
-    """Let `--resume` stand for `--resume true`, and `--max-gap` for `--max_gap`."""
+    """Let `--resume` stand for `--resume true`, `--max-gap` for `--max_gap`, and `--of a,b` or `--of a b` for lists."""
     argv = [re.sub(r"^--[^=]+", lambda option: "--" + option[0][2:].replace("-", "_"), word) for word in argv]
-    flags = {
-        f"--{name}" for name, parameter in inspect.signature(command).parameters.items() if parameter.annotation is bool
-    }
-    completed = []
-    for here, after in zip(argv, [*argv[1:], ""], strict=False):
-        completed += [here, "true"] if here in flags and after not in ("true", "false") else [here]
+    options = {f"--{name}": parameter for name, parameter in inspect.signature(command).parameters.items()}
+    completed, rest = [], argv
+    while rest:
+        option, *rest = rest
+        annotation = options[option].annotation if option in options else None
+        given = list(takewhile(lambda word: not word.startswith("--"), rest))
+        if annotation is bool and given[:1] not in (["true"], ["false"]):
+            completed += [option, "true"]
+        elif "list[" in str(annotation) and given and not given[0].startswith("["):
+            completed += [option, f"[{','.join(given)}]"]
+            rest = rest[len(given) :]
+        else:
+            completed.append(option)
     return completed
 
 

@@ -1,6 +1,7 @@
 """Mistakes that are the user's to fix."""
 
 import errno
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,3 +38,19 @@ def writing(path: Path) -> Iterator[None]:
             raise
         remedy = REMEDIES.get(error.errno, "choose another folder")
         raise UserError(f"cannot write {path}: {error.strerror}; {remedy}") from error
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all; its folder is made where it is missing.
+
+    Raises:
+        UserError: as of `writing`.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            partial.write_text(text, encoding="utf-8")
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)

@@ -2,6 +2,7 @@
 
 import getpass
 import importlib.util
+import json
 import os
 import platform
 import shlex
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from flashlab import __version__
+from flashlab.errors import write_text
 
 Facts = dict[str, Any]
 
@@ -84,6 +86,17 @@ def provenance(kind: str) -> Facts:
         "image": os.environ.get("FLASHLAB_IMAGE"),
         "machine": identify(),
     }
+
+
+def write_result(path: Path, record: Facts) -> None:
+    """Write a result file, each of its rows on a line of its own.
+
+    Raises:
+        UserError: the file system refuses it.
+    """
+    rows = ",\n  ".join(json.dumps(row) for row in record["rows"])
+    facts = json.dumps({name: value for name, value in record.items() if name != "rows"}, indent=1).removesuffix("\n}")
+    write_text(path, f'{facts},\n "rows": [\n  {rows}\n ]\n}}\n' if rows else f'{facts},\n "rows": []\n}}\n')
 
 
 def git_commit() -> str | None:

@@ -19,7 +19,7 @@ from flashlab.attention.support import markdown as support_table
 from flashlab.bench.analysis import describe_machine, read
 from flashlab.bench.claims import claims, markdown, published, sweep_tables
 from flashlab.btc.metrics import COMPARISONS, TITLES, comparisons, load_metrics, number, time_range
-from flashlab.errors import UserError, writing
+from flashlab.errors import UserError, write_text
 from flashlab.report import Table
 
 FOLDER = Path("assets/results")
@@ -39,7 +39,7 @@ def results(*, check: bool = False) -> int:
     updates = {page: update(page) for page in pages}  # everything is rendered before anything is written
     for page, (text, stale) in updates.items():
         if stale and not check:
-            _replace(page, text)
+            write_text(page, text)
         for name in stale:
             if check:
                 print(f"{page}: block `{name}` is stale: run `flashlab results`", file=sys.stderr)
@@ -77,16 +77,6 @@ def update(page: Path) -> tuple[str, list[str]]:
             line = text.count("\n", 0, opening.start()) + 1
             raise UserError(f"{page}, line {line}: the block does not end: write <!-- /results --> on a line below it")
     return BLOCK.sub(render, text), stale
-
-
-def _replace(page: Path, text: str) -> None:
-    partial = page.with_name(f".{page.name}.partial")
-    with writing(page):
-        try:
-            partial.write_text(text, encoding="utf-8")
-            partial.replace(page)
-        finally:
-            partial.unlink(missing_ok=True)
 
 
 def btc(*paths: Path) -> str:

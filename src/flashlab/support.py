@@ -1,10 +1,8 @@
 """`flashlab backends`: what each attention backend supports on this machine, printed and written into the docs."""
 
-import os
 import re
-from json import dumps
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from rich.console import Console
@@ -12,8 +10,8 @@ from rich.table import Table
 
 from flashlab import results
 from flashlab.attention import support
-from flashlab.errors import UserError, writing
-from flashlab.machine import provenance
+from flashlab.errors import UserError
+from flashlab.machine import provenance, write_result
 
 PAGE = Path("docs/attention.md")
 
@@ -38,7 +36,7 @@ def backends(*, device: Literal["auto", "cpu", "cuda"] = "auto", json: Path | No
     _print(name, rows)
     facts = {**provenance("attention_support"), "device": name, "call": support.PLAIN, "rows": rows}
     for path in ([json] if json else []) + ([kept] if docs else []):
-        _write(path, facts)
+        write_result(path, facts)
     if docs:
         results.results()
 
@@ -61,14 +59,3 @@ def _print(device: str, rows: list[support.Row]) -> None:
         console.print(f"({number}) {reason}", markup=False, highlight=False)
     for sentence in summary.absent:
         console.print(f"not here: {sentence}", markup=False, highlight=False)
-
-
-def _write(path: Path, facts: dict[str, Any]) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    with writing(path):
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            partial.write_text(dumps(facts, indent=1) + "\n", encoding="utf-8")
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)

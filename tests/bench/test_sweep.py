@@ -13,8 +13,8 @@ from flashlab.bench.case import Case
 from flashlab.bench.flops import PASSES
 from flashlab.bench.measure import ceilings, measure, new_row
 from flashlab.bench.sweep import Grid, expand
-from flashlab.bench.worker import WorkerLost
 from flashlab.cli import main
+from flashlab.worker import WorkerLost
 
 ROOT = Path(__file__).parents[2]
 GRID = {

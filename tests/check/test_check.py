@@ -49,7 +49,7 @@ def test_a_right_backend_passes_and_every_row_is_written(plant, tmp_path, capsys
     result = json.loads(path.read_text())
     cases = {case.name for case in quick_cases() if case.dtype == "float32"}
     assert (result["schema"], result["kind"]) == (1, "attention_check")
-    assert {row["case"]["name"] for row in result["rows"]} == cases
+    assert {row["case"] for row in result["rows"]} == cases
     for row in result["rows"]:
         if row["backend"] == "planted":
             assert row["status"] == "ok"

@@ -1,7 +1,6 @@
 """`flashlab bench`: measures one attention call, with a course lab's flags and result file."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,7 +13,7 @@ from flashlab.bench.case import Case
 from flashlab.bench.flops import PASSES
 from flashlab.bench.measure import METHOD, WARMUP_CALLS, Row, measure
 from flashlab.bench.sweep import choose_device
-from flashlab.errors import UserError, writing
+from flashlab.errors import UserError, write_text
 from flashlab.machine import provenance
 
 LAB_NAMES = {"Pytorch": "standard", "Flash2": "flash_attention_2"}
@@ -77,7 +76,7 @@ def bench(
     for name in PASSES:
         with console.status(f"{backend}: {name}"):
             rows[name] = measure(case, backend, name, min_repeats=repeats, max_repeats=repeats, warmup=warmup)
-    _write(output, result(case, rows))
+    write_text(output, json.dumps(result(case, rows), indent=2) + "\n")
     _print(console, case, rows)
     console.print(f"wrote {escape(str(output))}", soft_wrap=True)
     return int(any(row["status"] in ("wrong", "failed") for row in rows.values()))
@@ -100,16 +99,6 @@ def result(case: Case, rows: dict[str, Row]) -> dict[str, Any]:
 
 def _scaled(value: float | None, factor: float) -> float | None:
     return None if value is None else value * factor
-
-
-def _write(output: Path, report: dict[str, Any]) -> None:
-    partial = output.with_name(f".{output.name}.{os.getpid()}.partial")
-    with writing(output):
-        try:
-            partial.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-            partial.replace(output)
-        finally:
-            partial.unlink(missing_ok=True)
 
 
 def _print(console: Console, case: Case, rows: dict[str, Row]) -> None:

@@ -29,9 +29,9 @@ from flashlab.attention.backends import BACKENDS
 from flashlab.bench.case import DTYPES, Case
 from flashlab.bench.flops import PASSES
 from flashlab.bench.measure import METHOD, Row, ceilings, measure, new_row, one_line, rehearse
-from flashlab.bench.worker import Worker, WorkerLost
 from flashlab.errors import UserError, writing
-from flashlab.machine import provenance
+from flashlab.machine import provenance, write_result
+from flashlab.worker import Worker, WorkerLost
 
 FILE, LOG = "sweep.json", "workers.log"
 COMPILED = ("flash_attention_4", "flex_attention")  # backends that compile kernels, for seconds each ...
@@ -254,13 +254,7 @@ class _Result:
     def save(self) -> None:
         """Replace the file by what is known now."""
         ordered = [self.rows[key] for key in (_key(_row(cell)) for cell in self.cells) if key in self.rows]
-        partial = self.path.with_name(f".{self.path.name}.{os.getpid()}.partial")
-        with writing(self.path):
-            try:
-                partial.write_text(json.dumps(self.record | {"rows": ordered}, indent=1) + "\n", encoding="utf-8")
-                partial.replace(self.path)
-            finally:
-                partial.unlink(missing_ok=True)
+        write_result(self.path, self.record | {"rows": ordered})
         self._saved_s = monotonic()
 
 

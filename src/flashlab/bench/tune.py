@@ -1,7 +1,5 @@
 """`flashlab tune`: ranks the backends on this machine, and keeps the ranking for `auto`."""
 
-import json
-import os
 import shutil
 from collections import defaultdict
 from pathlib import Path
@@ -16,6 +14,7 @@ from flashlab.bench import sweep as sweeps
 from flashlab.bench.analysis import read
 from flashlab.bench.sweep import Grid, choose_device
 from flashlab.errors import UserError, writing
+from flashlab.machine import write_result
 
 Facts = dict[str, Any]
 Row = dict[str, Any]
@@ -75,7 +74,7 @@ def tune(
     found = read(sweep or measured / sweeps.FILE, "attention_sweep", "flashlab bench sweep")
     facts = {"schema": auto.SCHEMA, "kind": auto.KIND, **_origin(found, None if sweep else torch.device(place))}
     facts |= {"rows": rank(found["rows"]), "wrong": wrong([*found["rows"], *checked])}
-    _write(path, facts)
+    write_result(path, facts)
     auto.forget()
     shutil.rmtree(measured, ignore_errors=True)
     _print(facts)
@@ -106,16 +105,6 @@ def _origin(found: Facts, device: torch.device | None) -> Facts:
     origin = {name: found[name] for name in ("command", "git_commit", "image", "machine", "method", "config")}
     key = {"device": gpus[0]["name"]} if device is None else auto.device_key(device)
     return {**origin, "key": key, "capability": gpus[0]["capability"] if on_gpu else None}
-
-
-def _write(path: Path, facts: Facts) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    with writing(path):
-        try:
-            partial.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
 
 
 def rank(rows: list[Row]) -> list[Row]:

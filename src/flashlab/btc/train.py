@@ -36,7 +36,7 @@ from flashlab.btc.model import WARM_UP, ModelConfig
 from flashlab.btc.module import BarsDataModule, ForecasterModule, OptimizerConfig, one_line
 from flashlab.btc.prepare import PreparedSet, open_set
 from flashlab.btc.windows import part_windows
-from flashlab.errors import UserError, writing
+from flashlab.errors import UserError, write_text, writing
 from flashlab.machine import git_commit, identify
 
 Section = TypeVar("Section", DataConfig, ModelConfig, OptimizerConfig, "TrainerConfig")
@@ -163,8 +163,8 @@ def train(
     if is_first:
         with writing(run):
             run.mkdir(parents=True, exist_ok=True)
-        _write(run / "config.yaml", yaml.safe_dump(config, sort_keys=False))
-        _write(record_path, json.dumps(record, indent=1))
+        write_text(run / "config.yaml", yaml.safe_dump(config, sort_keys=False))
+        write_text(record_path, json.dumps(record, indent=1))
 
     checkpoints = Checkpoints(run, trainer.checkpoint_every_n_steps, checkpoint)
     best, early_stopping = BestCheckpoint(run), EarlyStopping("val/loss", patience=trainer.early_stopping_patience)
@@ -230,7 +230,7 @@ def train(
         "precision": lightning.precision,
     }
     if is_first:
-        _write(record_path, json.dumps(record, indent=1))
+        write_text(record_path, json.dumps(record, indent=1))
     say(
         f"{run}: trained {lightning.global_step:,} steps in {record['finished']['seconds']} s; "
         f"score it with `flashlab evaluate {run}`"
@@ -337,16 +337,6 @@ def _hide_os_errors(args: threading.ExceptHookArgs) -> None:
     """Let TensorBoard's writing thread fail in silence: what it met is raised again where the next value is logged."""
     if not isinstance(args.exc_value, OSError):
         threading.__excepthook__(args)
-
-
-def _write(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}")
-    with writing(path):
-        try:
-            partial.write_text(text)
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
 
 
 def read_record(run: Path) -> dict[str, Any]:

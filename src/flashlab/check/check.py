@@ -1,14 +1,12 @@
 """`flashlab check`: which attention backends are right on this machine."""
 
 import difflib
-import os
 import shlex
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict
-from json import dumps
 from pathlib import Path
+from tempfile import TemporaryFile
 from time import monotonic
 from typing import Any, Literal
 
@@ -23,7 +21,7 @@ from flashlab.check.cases import DTYPES, describe, parse
 from flashlab.check.judge import SMALLEST, Errors
 from flashlab.check.run import Row, Task, plan, run
 from flashlab.errors import UserError, writing
-from flashlab.machine import provenance
+from flashlab.machine import provenance, write_result
 
 METHOD = (
     "Every result is compared with standard attention in float64. Rule 1: its largest error is at most `allowed`, "
@@ -73,17 +71,23 @@ def check(
     if not tasks:
         raise UserError(f"none of the cases has dtype {dtype} and head_dim {head_dim}: leave one out, or take --full")
     if json is not None:
-        _write(json, None)  # not after minutes of work
+        with writing(json):  # not after minutes of work
+            json.parent.mkdir(parents=True, exist_ok=True)
+            TemporaryFile(dir=json.parent).close()
     console = Console()
     example = seed_example(on)
     console.print(example, markup=False, highlight=False, soft_wrap=True)
     config = {"full": full, "backends": backends, "device": str(on), "dtype": dtype, "head_dim": head_dim, "case": case}
     board = Board(console, tasks, on)
-    rows = board.watch(run(tasks, on))
-    board.summarise()
-    if json is not None:
-        facts = {**provenance("attention_check"), "method": METHOD, "config": config, "seed_example": example}
-        _write(json, {**facts, "rows": [_as_json(row, on) for row in rows]})
+    rows: list[Row] = []
+    try:
+        board.watch(run(tasks, on), rows)
+    finally:  # also of a check that was interrupted
+        board.summarise()
+        if json is not None:
+            facts = {**provenance("attention_check"), "method": METHOD, "config": config, "seed_example": example}
+            complete = len(rows) == board.total
+            write_result(json, {**facts, "complete": complete, "rows": [_as_json(row, on) for row in rows]})
     return int(any(row.verdict.status == "wrong" for row in rows))
 
 
@@ -110,9 +114,8 @@ class Board:
         self.counts: dict[str, Counter[str]] = {name: Counter() for name in self.rows}
         self.total = sum(len(task.backends) for task in tasks)
 
-    def watch(self, rows: Iterable[Row]) -> list[Row]:
-        """Show the rows as they come, and return them."""
-        seen: list[Row] = []
+    def watch(self, rows: Iterable[Row], seen: list[Row]) -> None:
+        """Show the rows as they come, and add each to those that were seen."""
         said_s = monotonic()
         live = Live(self._table(""), console=self.console, transient=True) if self.console.is_terminal else None
         with live or nullcontext():
@@ -128,7 +131,6 @@ class Board:
                 elif monotonic() - said_s > SAY_EVERY_S:
                     said_s = monotonic()
                     self._say(latest)
-        return seen
 
     def summarise(self) -> None:
         """Show the counts, where each backend came closest to what is allowed, and why cases were left out."""
@@ -146,6 +148,8 @@ class Board:
         wrong = {name: counts["wrong"] for name, counts in self.counts.items() if counts["wrong"]}
         if wrong:
             self._say(f"WRONG: {', '.join(f'{name} in {count} cases' for name, count in wrong.items())}")
+        elif (seen := sum(counts.total() for counts in self.counts.values())) < self.total:
+            self._say(f"stopped after {seen} of {self.total}; nothing was wrong so far")
         else:
             self._say("nothing is wrong")
 
@@ -205,21 +209,13 @@ def _as_json(row: Row, device: torch.device) -> dict[str, Any]:
     return {
         "backend": row.backend,
         "resolved": resolved,
-        "case": {"name": row.case.name, **asdict(row.case)},
+        "case": row.case.name,
+        "dtype": row.case.dtype,
+        "head_dim": row.case.head_dim,
         "status": row.verdict.status,
         "reason": row.verdict.reason,
-        "errors": {name: errors._asdict() for name, errors in row.verdict.errors.items()},
+        "errors": {
+            name: {rule: float(f"{value:.4g}") for rule, value in errors._asdict().items()}
+            for name, errors in row.verdict.errors.items()
+        },
     }
-
-
-def _write(path: Path, facts: dict[str, Any] | None) -> None:
-    """Write a file of facts, or only see whether it could be written."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    with writing(path):
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            partial.write_text(dumps(facts, indent=1) + "\n", encoding="utf-8")
-            if facts is not None:
-                partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)

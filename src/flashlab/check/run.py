@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from flashlab.bench.worker import Worker, WorkerLost
 from flashlab.check.cases import Case, chosen_cases
 from flashlab.check.judge import Judge, Verdict, is_out_of_memory, one_line
+from flashlab.worker import Worker, WorkerLost
 
 COMPILED = ("flash_attention_4", "flex_attention", "auto")  # what auto chooses may be one of the others
 TIMEOUT_S = 300.0  # for the cases of one kind; a kernel that hangs would hold up all others
@@ -157,4 +157,4 @@ def _run_alone(group: Sequence[Task], device: torch.device, log: Path) -> Iterat
 def _num_workers(device: torch.device) -> int:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     memory_gib = torch.cuda.mem_get_info(device)[0] / 2**30
-    return max(1, min(8, cores // 2, int(memory_gib / MEMORY_GIB)))
+    return max(1, min(cores, int(memory_gib / MEMORY_GIB)))

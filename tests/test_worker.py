@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from flashlab.bench.worker import Worker, WorkerLost
+from flashlab.worker import Worker, WorkerLost
 
 
 @pytest.fixture
