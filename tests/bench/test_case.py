@@ -23,7 +23,8 @@ def test_inputs_are_the_same_each_time_and_as_large_as_said():
     case = Case(2, 33, 4, 2, 16, "bfloat16", "causal", "cpu")
     first, second = case.inputs(), case.inputs()
     assert all(map(torch.equal, first, second))
-    assert case.input_bytes() == sum(x.nbytes for x in first)
+    assert case.input_bytes(with_grad_out=True) == sum(x.nbytes for x in first)
+    assert case.input_bytes(with_grad_out=False) == sum(x.nbytes for x in first[:3])
     assert [tuple(x.shape) for x in first] == [(2, 33, 4, 16), (2, 33, 2, 16), (2, 33, 2, 16), (2, 33, 4, 16)]
 
 

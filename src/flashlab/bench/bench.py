@@ -89,7 +89,7 @@ def result(case: Case, rows: dict[str, Row]) -> dict[str, Any]:
         for name, row in rows.items()
     }
     peak = rows["forward_backward"]["peak_memory_mib"]
-    report["peak_memory_usage(MB)"] = None if peak is None else peak + case.input_bytes() / 2**20
+    report["peak_memory_usage(MB)"] = None if peak is None else peak + case.input_bytes(with_grad_out=True) / 2**20
     method = METHOD | {
         "peak_memory_usage(MB)": "of forward_backward, in MiB, with q, k, v and the output's gradient; none on a CPU"
     }

@@ -92,10 +92,10 @@ class Case:
         )
         return q, k, v, grad_out
 
-    def input_bytes(self) -> int:
-        """Return what q, k, v and the gradient of the output take."""
-        rows = self.batch_size * self.seqlen * 2 * (self.num_heads + self.num_kv_heads)
-        return rows * self.head_dim * DTYPES[self.dtype].itemsize
+    def input_bytes(self, *, with_grad_out: bool) -> int:
+        """Return what q, k and v take, and the gradient of the output, which a backward pass reads."""
+        heads = (2 if with_grad_out else 1) * self.num_heads + 2 * self.num_kv_heads
+        return self.batch_size * self.seqlen * heads * self.head_dim * DTYPES[self.dtype].itemsize
 
     def flops(self, pass_name: str) -> float:
         """Count the floating-point operations of one pass."""

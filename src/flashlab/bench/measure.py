@@ -37,8 +37,8 @@ METHOD = {
     "quantiles": "latency_ms is the median, p10 and p90 beside it",
     "flops": "4 * batch * seqlen^2 * heads * head_dim, half if causal, window and block masks by their visible share; "
     "backward 2.5 times, both 3.5 times",
-    "peak_memory_mib": "the most that torch had allocated during one call, less q, k, v and the output's gradient; "
-    "for the backward pass what the forward pass keeps counts",
+    "peak_memory_mib": "the most that torch had allocated during one call, less q, k, v and, where there is a backward "
+    "pass, the output's gradient; the output counts, and for the backward pass what the forward pass keeps",
 }
 
 
@@ -177,7 +177,8 @@ def _peak_memory_mib(case: Case, prepare: Callable[[], Callable[[], Any]], pass_
     torch.cuda.reset_peak_memory_stats()
     call()
     torch.cuda.synchronize()
-    return (torch.cuda.max_memory_allocated() - before - case.input_bytes()) / 2**20
+    inputs = case.input_bytes(with_grad_out=pass_name != "forward")
+    return (torch.cuda.max_memory_allocated() - before - inputs) / 2**20
 
 
 def _time_cpu(

@@ -419,6 +419,12 @@ def _auto_line(sweep: Sweep) -> tuple[str, str] | None:
         f"{worst['ratio']:.3f} ({worst['chosen']} where {worst['best']} is fastest: {PASSES[worst['pass']]}, "
         f"{panel_name(tuple(worst[PANEL]), sweep)}, length {worst['seqlen']:,})."
     )
+    short_of = choices[choices["ratio"] < AUTO_REACHES]
+    if same := (short_of["chosen"] == short_of["best"]).sum():
+        line += (
+            f" In {same} of the {len(short_of)} cells below that, auto chose the fastest backend: there one kernel, "
+            "measured at two moments of the run, gave two speeds."
+        )
     return ("loses" if good < len(choices) else "", line)
 
 
