@@ -33,8 +33,12 @@ def qkv(q=(2, 8, 4, 16), k=(2, 8, 4, 16), v=None, dtypes=(torch.float32,) * 3, d
         (qkv(k=(2, 0, 4, 16)), r"no dimension may be 0"),
         (qkv(k=(2, 8, 3, 16)), r"must divide the query heads; got 4 query heads, 3 key/value heads"),
         (qkv(k=(2, 8, 8, 16)), r"must divide the query heads; got 4 query heads, 8 key/value heads"),
-        (qkv(dtypes=(torch.float32, torch.float32, torch.bfloat16)), r"share one floating-point dtype; got torch.fl"),
-        (qkv(dtypes=(torch.int64,) * 3), r"share one floating-point dtype; got torch.int64"),
+        (qkv(dtypes=(torch.float32, torch.float32, torch.bfloat16)), r"share one of float16, .* got torch.float32"),
+        (qkv(dtypes=(torch.int64,) * 3), r"share one of float16, bfloat16, float32, float64; got torch.int64"),
+        (qkv(dtypes=(torch.float8_e4m3fn,) * 3), r"share one of float16, .*; got torch.float8_e4m3fn"),
+        (qkv(q=(2, 8, 4, 0), k=(2, 8, 4, 0)), r"no dimension may be 0"),
+        ([torch.tensor(1.0)] * 3, r"must be tensors with dimensions; got torch.float32 \(\)"),
+        ([None] * 3, r"must be tensors with dimensions; got None"),
         (qkv(devices=("cpu", "meta", "meta")), r"must be on one device; got cpu, meta, meta"),
     ],
 )
@@ -130,8 +134,16 @@ def test_compiles_into_one_graph_also_when_lengths_change(backend, device, make_
     [
         ({"window_size": (-2, 0)}, r"window_size must be two whole numbers from -1"),
         ({"window_size": (1.5, 0)}, r"window_size must be two whole numbers from -1"),
-        ({"softcap": -1.0}, r"softcap must be 0 \(none\) or more; got -1"),
-        ({"softcap": float("nan")}, r"softcap must be 0"),
+        ({"window_size": 4}, r"window_size must be two whole numbers from -1"),
+        ({"window_size": (1, 2, 3)}, r"window_size must be two whole numbers from -1"),
+        ({"window_size": (4.0, 0)}, r"window_size must be two whole numbers from -1"),
+        ({"softcap": -1.0}, r"softcap must be a number from 0 \(none\) on; got -1"),
+        ({"softcap": float("nan")}, r"softcap must be a number from 0"),
+        ({"softcap": float("inf")}, r"softcap must be a number from 0"),
+        ({"softcap": None}, r"softcap must be a number from 0"),
+        ({"causal": "no"}, r"causal must be True or False; got 'no'"),
+        ({"deterministic": 1}, r"deterministic must be True or False; got 1"),
+        ({"alibi_slopes": [1.0]}, r"alibi_slopes must be a tensor; got \[1.0\]"),
         (
             {"alibi_slopes": torch.ones(3)},
             r"alibi_slopes must be torch.float32 \(4,\) or \(2, 4\) on cpu; got .*3",
@@ -179,7 +191,10 @@ def caches(filled=0, new=1, places=8, **changes):
     [
         (caches(filled=8), r"the cache has 8 places; 8 filled and 1 new do not fit"),
         (caches(filled=torch.tensor([0, 7], dtype=torch.int32), new=2), r"the cache has 8 places; 7 filled and 2 new"),
-        (caches(filled=torch.tensor([0, 7])), r"cache_seqlens must be torch.int32 \[2\] on cpu; got torch.int64"),
+        (caches(filled=torch.tensor([0, 7])), r"cache_seqlens must be .* torch.int32 \(2,\) on cpu; got torch.int64"),
+        (caches(filled=torch.tensor([-2, 3], dtype=torch.int32)), r"cache_seqlens must be 0 or more; got -2"),
+        (caches(filled=-2), r"cache_seqlens must be 0 or more; got -2"),
+        (caches(filled=2.0), r"cache_seqlens must be a whole number or torch.int32 \(2,\) on cpu; got 2.0"),
         (caches(v=None), r"give both or neither"),
         (caches(k=torch.zeros(2, 1, 4, 8)), r"k and v must be torch.float32 \(2, 1, 4, 16\) like the cache"),
     ],
@@ -195,6 +210,53 @@ def test_a_cache_gives_no_gradients():
     (q, *rest), added = caches()
     with pytest.raises(ValueError, match="call under torch"):
         attention_with_kvcache(q.requires_grad_(), *rest, **added)
+    with pytest.raises(ValueError, match="call under torch"):
+        attention_with_kvcache(q.detach(), *rest, **added | {"k": added["k"].requires_grad_()})
+
+
+def test_under_autocast_the_cache_has_its_dtype():
+    (q, k_cache, v_cache, filled), added = caches()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = attention_with_kvcache(q, k_cache.bfloat16(), v_cache.bfloat16(), filled, **added)
+        with pytest.raises(ValueError, match="under autocast the cache must be of its dtype"):
+            attention_with_kvcache(q, k_cache, v_cache, filled, **added)
+    assert out.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("backend", ["auto", "standard", "tiled", "sdpa_math", "sdpa_flash"])
+def test_slopes_are_constants(backend):
+    q, k, v = (torch.randn(2, 8, 4, 16, requires_grad=True) for _ in range(3))
+    slopes = torch.ones(4, requires_grad=True)
+    attention(q, k, v, backend=backend, alibi_slopes=slopes).sum().backward()
+    assert q.grad is not None
+    assert slopes.grad is None
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_compiles_into_one_graph_also_when_options_change(dynamic):
+    torch._dynamo.reset()
+
+    def layer(q, window, softcap):
+        return attention(q, q, q, backend="standard", window_size=(window, 0), softcap=softcap)
+
+    compiled = torch.compile(layer, fullgraph=True, backend="eager", dynamic=dynamic)
+    for length, window, softcap in ((16, 3, 3.0), (20, 5, 5.0), (24, -1, 0.0)):
+        q = torch.randn(2, length, 4, 16)
+        assert torch.allclose(compiled(q, window, softcap), layer(q, window, softcap), atol=1e-6)
+
+
+def test_a_new_table_is_followed_at_once(monkeypatch):
+    q = qkv()
+    attention(*q)
+    monkeypatch.setattr(interface.auto, "choose", lambda spec: interface.auto.Choice("standard", "a new table", ()))
+    ran = []
+    monkeypatch.setitem(BACKENDS, "standard", Backend(lambda *call: ran.append(call) or call[0], lambda spec: None))
+    attention(*q)
+    assert not ran
+    interface.auto.forget()
+    attention(*q)
+    assert ran
+    interface.auto.forget()
 
 
 def test_backends_without_a_layout_refuse_it(make_spec):

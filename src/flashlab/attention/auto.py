@@ -175,8 +175,11 @@ def _tables(device: torch.device) -> tuple[tuple[str, Table], ...]:
 
 
 def forget() -> None:
-    """Forget the loaded tables; the next choice reads what is there then."""
+    """Forget the loaded tables, and what was chosen by them; the next choice reads what is there then."""
+    from flashlab.attention import interface  # here, since it imports this module
+
     _tables.cache_clear()
+    interface._check_and_resolve.cache_clear()
 
 
 def _load_tuned(device: torch.device) -> Table | None:

@@ -20,7 +20,7 @@ from flashlab.attention.spec import BLOCK_SIZE, AttentionSpec, Cache, Options, P
 from flashlab.errors import UserError
 
 logger = logging.getLogger(__name__)
-_AUTOCAST_FROM = (torch.float32, torch.float16, torch.bfloat16)
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class BackendUnavailable(UserError):  # noqa: N818 - reads as the statement it is
@@ -175,12 +175,15 @@ def attention_with_kvcache(
         BackendUnavailable: the named backend cannot run this call; the message says why.
         UserError: no backend has this name; the message names the nearest.
     """
-    (q,) = _prepare(q)
-    if _needs_grad(q, k_cache, v_cache):
+    tensors = [x for x in (q, k_cache, v_cache, k, v) if x is not None]
+    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
         raise ValueError("a key-value cache gives no gradients: call under torch.no_grad()")
-    options = _options(q, causal, softmax_scale, window_size, softcap, alibi_slopes, None, False)
+    q, _, _ = _prepare(q, q, q)
     if k is not None and v is not None:
-        k, v = _prepare(k, v)
+        k, v, _ = _prepare(k, v, v)
+    if torch.is_autocast_enabled(q.device.type) and k_cache.dtype != q.dtype:
+        raise ValueError(f"under autocast the cache must be of its dtype, {q.dtype}; got {k_cache.dtype}")
+    options = _options(q, causal, softmax_scale, window_size, softcap, alibi_slopes, None, False)
     cache = _check_cache(q, k_cache, k, v, cache_seqlens)
     kinds = _kinds(q, k_cache, v_cache)
     name = _plan(backend, "cache", _shapes(q, k_cache, v_cache), kinds, _features(options), False)
@@ -202,7 +205,7 @@ def resolve(backend: str, spec: AttentionSpec) -> str:
         _announce(f"attention backend: auto chose {choice.backend} on {spec.device.type} ({choice.source}){refused}")
         return choice.backend
     if backend not in BACKENDS:
-        nearest = difflib.get_close_matches(backend, ["auto", *BACKENDS], n=1, cutoff=0.0)[0]
+        nearest = difflib.get_close_matches(str(backend), ["auto", *BACKENDS], n=1, cutoff=0.0)[0]
         raise UserError(
             f"no attention backend {backend!r}; did you mean {nearest!r}? (there are: auto, {', '.join(BACKENDS)})"
         )
@@ -217,16 +220,22 @@ def _announce(message: str) -> None:
     logger.info(message)
 
 
-def _prepare(*tensors: Tensor) -> tuple[Tensor, ...]:
+def _prepare(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Apply autocast, and give the kernels the layout that all of them take: the head dimension contiguous."""
-    kind = tensors[0].device.type
-    if kind != "meta" and torch.is_autocast_enabled(kind):
-        dtype = torch.get_autocast_dtype(kind)
-        tensors = tuple(x.to(dtype) if x.dtype in _AUTOCAST_FROM else x for x in tensors)
-    for x in tensors:
-        if x.stride(-1) != 1:
-            return tuple(x if x.stride(-1) == 1 else x.contiguous() for x in tensors)
-    return tensors
+    try:
+        kind = q.device.type
+        if kind != "meta" and torch.is_autocast_enabled(kind):
+            dtype = torch.get_autocast_dtype(kind)
+            q, k, v = (x.to(dtype) if x.dtype in DTYPES else x for x in (q, k, v))
+        if q.stride(-1) == 1 and k.stride(-1) == 1 and v.stride(-1) == 1:
+            return q, k, v
+        return tuple(x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))  # type: ignore[return-value]
+    except (AttributeError, IndexError, TypeError) as error:
+        raise ValueError(f"q, k and v must be tensors with dimensions; got {_kind_of(q, k, v)}") from error
+
+
+def _kind_of(*values: Any) -> str:
+    return ", ".join(f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else repr(x)[:40] for x in values)
 
 
 def _options(
@@ -240,10 +249,29 @@ def _options(
     deterministic: bool,
 ) -> Options:
     if softmax_scale is None:
-        softmax_scale = q.shape[-1] ** -0.5
-    return Options(
-        softmax_scale, causal, (window_size[0], window_size[1]), softcap, alibi_slopes, block_mask, deterministic
-    )
+        softmax_scale = max(q.shape[-1], 1) ** -0.5
+    if window_size != (-1, -1):
+        window_size = _window(window_size)
+    if softcap != 0 and not (isinstance(softcap, int | float) and 0 <= softcap < float("inf")):
+        raise ValueError(f"softcap must be a number from 0 (none) on; got {softcap!r}")
+    if alibi_slopes is not None:
+        if not isinstance(alibi_slopes, Tensor):
+            raise ValueError(f"alibi_slopes must be a tensor; got {_kind_of(alibi_slopes)}")
+        alibi_slopes = alibi_slopes.detach()  # constants: the kernels have no gradients of them
+    if block_mask is not None and not isinstance(block_mask, Tensor):
+        raise ValueError(f"block_mask must be a tensor; got {_kind_of(block_mask)}")
+    return Options(softmax_scale, causal, window_size, softcap, alibi_slopes, block_mask, deterministic)
+
+
+def _window(window_size: Any) -> tuple[int, int]:
+    try:
+        left, right = window_size
+        if type(left) is type(right) is int and left >= -1 and right >= -1:
+            # Constants of a graph, as `_static` makes them.
+            return len(range(left + 1)) - 1, len(range(right + 1)) - 1
+    except (TypeError, ValueError):
+        pass
+    raise ValueError(f"window_size must be two whole numbers from -1 (unlimited) on; got {window_size!r}")
 
 
 def _needs_grad(q: Tensor, k: Tensor, v: Tensor) -> bool:
@@ -271,10 +299,11 @@ def _features(options: Options) -> tuple[Any, ...]:
     return (
         options.causal,
         options.window_size,
-        options.softcap,
+        not options.softcap,  # torch.compile makes a constant of `not`, and of no comparison
         None if slopes is None else (_static(slopes.shape), slopes.dtype, slopes.device),
         None if blocks is None else (_static(blocks.shape), blocks.dtype, blocks.device),
         options.deterministic,
+        torch.are_deterministic_algorithms_enabled(),  # some of torch's kernels refuse then
     )
 
 
@@ -322,15 +351,16 @@ def _describe(
             f"key/value heads must divide the query heads; got {num_heads} query heads, {num_kv_heads} key/value heads"
         )
     dtypes, devices = kinds[:3], kinds[3:]
-    if len(set(dtypes)) > 1 or not dtypes[0].is_floating_point:
-        raise ValueError("q, k and v must share one floating-point dtype; got {}, {}, {}".format(*dtypes))
+    if len(set(dtypes)) > 1 or dtypes[0] not in (*DTYPES, torch.float64):
+        raise ValueError(
+            "q, k and v must share one of float16, bfloat16, float32, float64; got {}, {}, {}".format(*dtypes)
+        )
     if len(set(devices)) > 1:
         raise ValueError("q, k and v must be on one device; got {}, {}, {}".format(*devices))
-    causal, window_size, softcap, slopes, blocks, deterministic = features
-    if not all(isinstance(size, int) and size >= -1 for size in window_size):
-        raise ValueError(f"window_size must be two whole numbers from -1 (unlimited) on; got {window_size}")
-    if not softcap >= 0:
-        raise ValueError(f"softcap must be 0 (none) or more; got {softcap}")
+    causal, window_size, no_softcap, slopes, blocks, deterministic, _ = features
+    for name, flag in (("causal", causal), ("deterministic", deterministic)):
+        if not isinstance(flag, bool):
+            raise ValueError(f"{name} must be True or False; got {flag!r}")
     _check_option("alibi_slopes", slopes, torch.float32, [(num_heads,), (batch_size, num_heads)], devices[0])
     blocks_expected = (-(-seqlen_q // BLOCK_SIZE), -(-seqlen_k // BLOCK_SIZE))
     _check_option("block_mask", blocks, torch.bool, [blocks_expected], devices[0])
@@ -346,7 +376,7 @@ def _describe(
         causal,
         needs_grad,
         window_size,
-        softcap > 0,
+        not no_softcap,
         slopes is not None,
         blocks is not None,
         deterministic,
@@ -369,6 +399,8 @@ def _check_option(
 def _check_packing(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int
 ) -> None:
+    if not (isinstance(cu_seqlens_q, Tensor) and isinstance(cu_seqlens_k, Tensor)):
+        raise ValueError(f"cu_seqlens_q and cu_seqlens_k must be tensors; got {_kind_of(cu_seqlens_q, cu_seqlens_k)}")
     if {q.dim(), k.dim(), v.dim()} != {3} or k.shape[0] != v.shape[0]:
         shapes = (tuple(x.shape) for x in (q, k, v))
         raise ValueError(
@@ -403,17 +435,22 @@ def _check_cache(q: Tensor, k_cache: Tensor, k: Tensor | None, v: Tensor | None,
                 f"k and v must be {k_cache.dtype} {tuple(expected)} like the cache; got {k.dtype} {tuple(k.shape)} and "
                 f"{v.dtype} {tuple(v.shape)}"
             )
-    if isinstance(seqlens, int):
-        longest = seqlens
+    shortest = longest = 0
+    if type(seqlens) is int:
+        shortest = longest = seqlens
         seqlens = torch.full((q.shape[0],), seqlens, dtype=torch.int32, device=q.device)
-    elif seqlens.shape != q.shape[:1] or seqlens.dtype != torch.int32 or seqlens.device != q.device:
-        raise ValueError(
-            f"cache_seqlens must be torch.int32 [{q.shape[0]}] on {q.device}; got {seqlens.dtype} "
-            f"{tuple(seqlens.shape)} on {seqlens.device}"
-        )
-    else:
-        looks = seqlens.device.type == "cpu" and not torch.compiler.is_compiling()
-        longest = int(seqlens.max()) if looks else 0
+    elif (
+        not isinstance(seqlens, Tensor)
+        or seqlens.shape != q.shape[:1]
+        or seqlens.dtype != torch.int32
+        or seqlens.device != q.device
+    ):
+        wanted = f"a whole number or torch.int32 ({q.shape[0]},) on {q.device}"
+        raise ValueError(f"cache_seqlens must be {wanted}; got {_kind_of(seqlens)}")
+    elif seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
+        shortest, longest = int(seqlens.min()), int(seqlens.max())
+    if shortest < 0:
+        raise ValueError(f"cache_seqlens must be 0 or more; got {shortest}")
     if longest + new > k_cache.shape[1]:
         raise ValueError(f"the cache has {k_cache.shape[1]} places; {longest} filled and {new} new do not fit")
     return Cache(seqlens, k, v)

@@ -39,8 +39,6 @@ def attention(kernel: SDPBackend, q: Tensor, k: Tensor, v: Tensor, options: Opti
     if aligned and options.window_size == (-1, -1) and options.alibi_slopes is None:  # nearly always
         return _call(kernel, q, k, v, None, options.causal, options.softmax_scale)
     blind = blind_queries(seqlen_q, seqlen_k, options)  # torch's kernels disagree about such rows: they are left out
-    if blind >= seqlen_q:
-        return _zeros(q, k, v)
     q, seqlen_q = q[:, blind:], seqlen_q - blind
     mask, is_causal = None, False
     if options.alibi_slopes is not None or _needs_mask(seqlen_q, seqlen_k, options.causal, options.window_size):
@@ -105,11 +103,6 @@ def _as_mask(q: Tensor, sees: Tensor | None, bias: Tensor | None) -> Tensor | No
     return bias.to(q.dtype)
 
 
-def _zeros(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Return the output of queries that all see nothing, on the graph of the inputs."""
-    return q * 0.0 + (k.sum() + v.sum()) * 0.0
-
-
 def _needs_mask(seqlen_q: int, seqlen_k: int, causal: bool, window_size: tuple[int, int]) -> bool:
     """Say whether the mask is one for which torch has no word: a window, or a causal one not aligned top-left."""
     left, right = window_size
@@ -136,7 +129,7 @@ def why_not(kernel: SDPBackend, spec: AttentionSpec) -> str | None:
         return "torch sees no CUDA device (`flashlab doctor` says why)"
     if spec.deterministic and spec.needs_grad and kernel is SDPBackend.CUDNN_ATTENTION:
         return "its backward pass is not deterministic"
-    if spec.deterministic and spec.needs_grad:
+    if spec.deterministic and spec.needs_grad and not torch.are_deterministic_algorithms_enabled():
         return "torch makes its backward pass deterministic for a whole process only (use_deterministic_algorithms)"
     return _torchs_reason(kernel, spec)
 
@@ -144,7 +137,7 @@ def why_not(kernel: SDPBackend, spec: AttentionSpec) -> str | None:
 def _torchs_reason(kernel: SDPBackend, spec: AttentionSpec) -> str | None:
     """Ask torch about stand-ins of the call's shapes that take no memory."""
     options = Options(1.0, spec.causal, spec.window_size)
-    seqlen_q = max(spec.seqlen_q - blind_queries(spec.seqlen_q, spec.seqlen_k, options), 1)
+    seqlen_q = spec.seqlen_q - blind_queries(spec.seqlen_q, spec.seqlen_k, options)
     in_words = not spec.alibi and spec.layout == "dense"
     masked = not in_words or _needs_mask(seqlen_q, spec.seqlen_k, spec.causal, spec.window_size)
 
