@@ -46,7 +46,7 @@ bench: $(INSTALLED) ## measure the attention backends and draw the report; resum
 	$(FLASHLAB) report runs/attention
 
 test: $(INSTALLED) ## run the tests that need no GPU, no Docker and little time
-	$(BIN)/pytest -n logical --maxprocesses 4 -m "not slow and not docker and not gpu" $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n logical --maxprocesses 4 -m "not slow and not docker and not gpu" $(ARGS)
 
 lint: $(INSTALLED) ## check style, format and types
 	$(BIN)/ruff check
