@@ -53,6 +53,8 @@ def overhead(
 ) -> None:
     """Print what the interface adds to each backend that runs here, directly and under torch.compile.
 
+    It takes about three minutes on two CPU cores, most of them for flex_attention; fewer backends take less.
+
     Args:
         device: auto is the GPU if there is one.
         backends: those to measure; by default all that run here.
@@ -61,6 +63,8 @@ def overhead(
         compiled: measure under torch.compile too, which compiles for seconds.
         json: file to write the figures to.
     """
+    if json and json.is_dir():
+        sys.exit(f"--json {json} is a folder: name a file")
     place = torch.device(choose_device(device))
     dtype = torch.bfloat16 if place.type == "cuda" else torch.float32
     spec = AttentionSpec(
@@ -170,11 +174,11 @@ def synchronises(call: Callable, tensors: tuple[Tensor, ...]) -> bool | None:
 
 
 def show(rows: list[dict[str, Any]], device: torch.device) -> None:
-    table = Table(title=f"microseconds a call, {device}", title_justify="left")
+    table = Table(title=f"microseconds a call, {device}", title_justify="left", box=None)
     table.add_column("backend", no_wrap=True)
     columns = ("direct_us", "interface_us", "overhead_us")
     for column in (*columns, *(f"compiled_{name}" for name in columns)):
-        table.add_column(column.removesuffix("_us").replace("_", "\n"), justify="right")
+        table.add_column(column.removesuffix("_us").replace("_", "\n"), justify="right", overflow="fold")
     for row in rows:
         values = (row.get(f"{prefix}{name}") for prefix in ("", "compiled_") for name in columns)
         table.add_row(row["backend"], *("-" if value is None else f"{value:.1f}" for value in values))

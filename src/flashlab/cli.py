@@ -51,7 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Returns:
-        The exit code: 0, 1 for a check that found something wrong, 2 for a user's mistake, 128 + signal for a stop.
+        The exit code: 0, 1 for a check that found something wrong or could judge nothing, 2 for a user's mistake,
+        128 + signal for a stop.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     try:

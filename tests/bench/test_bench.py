@@ -48,6 +48,7 @@ def test_the_file_is_the_course_labs_with_one_key_more(impl, backend, run, tmp_p
         (["--impl", "Flash2"], "'flash_attention_2' cannot run this call: it needs a CUDA device"),
         (["--impl", "flash_attention2"], "did you mean 'flash_attention_2'"),
         (["--output", "no/such/folder.json"], "there is no folder no/such;"),
+        (["--output", "."], "--output . is a folder: name a file"),
     ],
 )
 def test_a_mistake_is_one_line(arguments, says, run, capsys, tmp_path):
@@ -62,6 +63,17 @@ def test_a_mistake_is_one_line(arguments, says, run, capsys, tmp_path):
 def test_a_gpu_that_is_not_there_is_one_line(capsys):
     assert main(["bench", *SMALL, "--device", "cuda"]) == 2
     assert "torch sees no CUDA device" in capsys.readouterr().err
+
+
+def test_a_narrow_terminal_shows_every_number_whole(run, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "60")
+    numbers = {"latency_ms": 0.01234, "latency_ms_p10": 0.01124, "latency_ms_p90": 12346.0, "tflops_per_s": 1.234e-5}
+    monkeypatch.setattr(module, "measure", lambda case, backend, name, **_: new_row(case, backend, name) | numbers)
+    assert run() == 0
+    said = capsys.readouterr().out
+    for number in ("0.01234", "0.01124", "1.235e+04", "1.234e-05"):
+        assert said.count(number) == 3
+    assert "…" not in said
 
 
 @pytest.mark.parametrize(("status", "code"), [("oom", 0), ("wrong", 1), ("failed", 1)])

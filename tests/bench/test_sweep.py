@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from filelock import FileLock
 
 from flashlab.bench import sweep as module
 from flashlab.bench.case import Case
@@ -33,14 +34,15 @@ COMMIT = {"git_commit": "1"}
 class MadeUp:
     """A worker without a process: `happens` maps the number of a measurement to what comes of it."""
 
-    started, measured, happens = 0, 0, {}
+    started, measured, roofs, happens = 0, 0, 0, {}
 
     def __init__(self, log):
         type(self).started += 1
 
     def call(self, function, *arguments, timeout_s, **options):
         if function is ceilings:
-            return {"matmul_tflops_per_s": 1.0, "copy_gb_per_s": 1.0}
+            MadeUp.roofs += 1
+            return {"matmul_tflops_per_s": float(MadeUp.roofs % 3), "copy_gb_per_s": 1.0}
         assert function is measure
         MadeUp.measured += 1
         what = MadeUp.happens.get(MadeUp.measured)
@@ -58,7 +60,7 @@ class MadeUp:
 def made_up(monkeypatch):
     monkeypatch.setattr(module, "Worker", MadeUp)
     monkeypatch.setattr(module, "provenance", lambda kind: {"kind": kind, "image": None, "machine": MACHINE} | COMMIT)
-    for name, value in {"started": 0, "measured": 0, "happens": {}}.items():
+    for name, value in {"started": 0, "measured": 0, "roofs": 0, "happens": {}}.items():
         monkeypatch.setattr(MadeUp, name, value)
     return MadeUp
 
@@ -93,7 +95,7 @@ def test_a_sweep_measures_in_another_process_and_writes_one_file(run, tmp_path):
         runs = (row["backend"], row["mask"]) == ("sdpa_flash", "causal")
         assert row["status"] == ("ok" if runs else "unsupported")
         assert (row["reason"] is None) == runs == (row["latency_ms"] is not None)
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"sweep.json", "workers.log"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} - {".lock"} == {"sweep.json", "workers.log"}
 
 
 def test_a_worker_is_replaced_after_what_could_spoil_the_next_measurement_and_only_then(run, made_up, capsys):
@@ -168,6 +170,37 @@ def test_rows_of_other_code_or_of_another_machine_are_not_added_to(run, made_up,
             assert run() == 2
             assert f"{name} differs" in capsys.readouterr().err
     assert run() == 0
+
+
+def test_the_best_ceilings_of_all_runs_count(run, made_up):
+    made_up.happens = {4: signal.SIGINT}
+    run()
+    assert run.result()["ceilings"]["matmul_tflops_per_s"] == 1.0
+    run()  # measured before and after: 2, then 0
+    assert (made_up.roofs, run.result()["ceilings"]["matmul_tflops_per_s"]) == (3, 2.0)
+
+
+def test_a_second_sweep_into_the_same_folder_is_refused(run, made_up, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    with FileLock(tmp_path / "out/.lock"):
+        assert run() == 2
+    assert capsys.readouterr().err == (
+        f"flashlab: error: {tmp_path / 'out'} is being written by another sweep; wait for it, or choose another --out\n"
+    )
+    assert made_up.started == 0
+    assert not run.path.exists()
+    assert run() == 0
+
+
+@pytest.mark.parametrize(
+    "option", ["--min_repeats=0", "--max_repeats=0", "--budget_ms=-1", "--timeout_s=0", "--compile_jobs=-1"]
+)
+def test_a_number_that_means_nothing_is_one_line(option, run, made_up, capsys):
+    assert run(option) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert option.partition("=")[0].removeprefix("--") in error
+    assert made_up.started == 0
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"rows": [{}]}', '{"rows": []}'])

@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 from sweep_builder import BANDWIDTH, PEAK, build_sweep
 
-from flashlab.bench import analysis
+from flashlab.bench import analysis, figures
 from flashlab.cli import main
 
 PICTURES = {
@@ -155,6 +155,46 @@ def test_a_partial_sweep_says_which_pictures_it_lacks(options, drawn, tmp_path):
     assert "nan" not in markdown
 
 
+def test_a_share_above_the_roof_is_explained(tmp_path, reported):
+    sweep = build_sweep(**FEW)
+    sweep["ceilings"]["matmul_tflops_per_s"] = 100.0
+    write(tmp_path, sweep)
+    assert main(["report", str(tmp_path)]) == 0
+    markdown = (tmp_path / "report.md").read_text()
+    assert re.search(r"Above the roof, .*: \d+ of \d+ cells, at up to \d{3} %\. .* measured too low", markdown)
+    assert "Above the roof" not in reported[3]
+
+
+def test_a_machine_that_was_not_quiet_is_said_first(tmp_path, reported):
+    sweep = build_sweep(**FEW)
+    ok = [row for row in sweep["rows"] if row["status"] == "ok"]
+    for row in ok[::4]:
+        row["latency_ms_p90"] = 3 * row["latency_ms_p10"]
+    write(tmp_path, sweep)
+    assert main(["report", str(tmp_path)]) == 0
+    first = next(line for line in (tmp_path / "report.md").read_text().splitlines() if line.startswith("- "))
+    assert first.startswith("- **The machine was not quiet: in ")
+    assert "(at most 3 times)" in first
+    assert "not quiet" not in reported[3]
+
+
+def test_no_words_stand_twice(reported):
+    _, _, _, markdown = reported
+    lines = [line for line in markdown.splitlines() if len(line) > 25 and line[0] not in "|-"]
+    assert len(lines) == len(set(lines))
+    captions = re.findall(r"!\[(.*)\]\(.*\n\n\*(.*)\*$", markdown, re.MULTILINE)
+    assert len(captions) == len(PICTURES)
+    assert all(alt != caption for alt, caption in captions)
+
+
+def test_block_sparse_counts_that_tiled_hides_are_not_drawn(tmp_path):
+    sweep = build_sweep(**FEW)
+    sweep["traffic"] += [row | {"algorithm": "block_sparse"} for row in sweep["traffic"] if row["algorithm"] == "tiled"]
+    (legend,) = figures.traffic(write(tmp_path, sweep)).legends
+    labels = [text.get_text() for text in legend.get_texts()]
+    assert labels == ["standard", "tiled", "block-sparse, 25 % of blocks", "block-sparse, 50 % of blocks", "theory"]
+
+
 def test_a_sweep_without_ceilings_and_traffic_is_reported(tmp_path):
     sweep = build_sweep(**FEW)
     del sweep["ceilings"], sweep["traffic"], sweep["machine"]
@@ -191,6 +231,7 @@ def spoil_row(**changes):
         (lambda sweep: sweep["rows"][1].pop("seqlen"), "is damaged: row 2 has seqlen None"),
         (spoil_row(latency_ms=None), "is damaged: row 2 has latency_ms None"),
         (spoil_row(latency_ms=-1.0), "is damaged: row 2 has latency_ms -1.0"),
+        (spoil_row(latency_ms_p90="slow"), "is damaged: row 2 has latency_ms_p90 'slow'"),
         (spoil_row(tflops_per_s="fast"), "is damaged: row 2 has tflops_per_s 'fast'"),
         (spoil_row(status="fine"), "is damaged: row 2 has status 'fine'"),
         (spoil_row(**{"pass": ["forward"]}), "is damaged: row 2 has pass"),

@@ -87,7 +87,7 @@ def test_the_machine_is_measured_and_auto_knows(cache_folder, monkeypatch, capfd
     monkeypatch.setitem(tuning.GRIDS, "cpu", grid | {"hidden": 32})
     monkeypatch.setitem(tuning.LENGTHS, "cpu", [64])
     monkeypatch.setattr(tuning.sweeps, "Worker", WorkerHere)
-    monkeypatch.setattr(tuning.sweeps, "ceilings", lambda device: {})
+    monkeypatch.setattr(tuning.sweeps, "ceilings", lambda *_: {})
     path = auto.tuned_path(CPU)
     path.parent.mkdir()
     path.write_text("damaged")
@@ -156,13 +156,14 @@ def test_a_table_to_ship_is_made_of_a_sweep_and_a_check(tmp_path, monkeypatch, c
         (["--check", "{sweep}"], "{sweep} is of kind 'attention_sweep', not 'attention_check'"),
         (["--sweep", "{on_cpu}", "--out", "{out}"], "--sweep: it was measured on a CPU"),
         (["--device", "cpu", "--out", "{sweep}/table.json"], "cannot write {sweep}/table.json: "),
+        (["--device", "cpu", "--out", "{folder}"], "--out {folder} is a folder: name a file"),
         (["--device", "tpu"], "device"),
     ],
     ids=str,
 )
 def test_a_mistake_is_one_line(arguments, message, tmp_path, capsys):
     out = tmp_path / "table.json"
-    places = {"out": out, "nothing": tmp_path / "nothing.json"}
+    places = {"out": out, "nothing": tmp_path / "nothing.json", "folder": tmp_path}
     for name, text in {
         "sweep": json.dumps(swept([row("sdpa_flash", 1.0)])),
         "cut": json.dumps(swept([row("sdpa_flash", 1.0)]))[:-5],

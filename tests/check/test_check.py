@@ -86,11 +86,26 @@ def test_a_backend_that_raises_is_wrong_without_a_traceback(plant, capsys):
     assert "Traceback" not in captured.out + captured.err
 
 
-def test_out_of_memory_is_a_row_of_its_own_and_not_wrong(plant, tmp_path):
+def test_out_of_memory_is_a_row_of_its_own_and_not_wrong(plant, tmp_path, capsys):
     plant(scores=lambda *_: raise_(torch.OutOfMemoryError("CUDA out of memory")))
     path = tmp_path / "check.json"
-    assert check("--backend", "[planted]", "--case", f"[{CASE}]", "--json", str(path)) == 0
-    assert [row["status"] for row in json.loads(path.read_text())["rows"]] == ["oom"]
+    assert check("--backend", "[planted,standard]", "--case", f"[{CASE}]", "--json", str(path)) == 0
+    assert [row["status"] for row in json.loads(path.read_text())["rows"]] == ["oom", "ok"]
+    assert capsys.readouterr().out.splitlines()[-1] == "nothing is wrong"
+
+
+def test_where_nothing_could_be_judged_nothing_passes(plant, capsys):
+    plant(scores=lambda *_: raise_(torch.OutOfMemoryError("CUDA out of memory")))
+    assert check("--backend", "[planted,flash_attention_2]", "--case", f"[{CASE}]") == 1
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last == "nothing was judged: every case was unsupported or out of memory"
+
+
+def test_a_folder_is_no_result_file(tmp_path, capsys):
+    assert check("--json", str(tmp_path)) == 2
+    captured = capsys.readouterr()
+    assert captured.err == f"flashlab: error: --json {tmp_path} is a folder: name a file\n"
+    assert captured.out == ""
 
 
 def test_auto_is_checked_and_its_choice_recorded(tmp_path):
@@ -108,17 +123,25 @@ def test_auto_is_checked_and_its_choice_recorded(tmp_path):
             "--backend: there is no 'flash_atention_2'; did you mean 'flash_attention_2'?",
         ),
         (["--dtype", "[float61]"], "--dtype: there is no 'float61'; did you mean 'float16'?"),
-        (["--head_dim", "[65]"], "none of the cases has dtype None and head_dim [65]"),
+        (
+            ["--head_dim", "7"],
+            "none of the cases has head_dim 7: there are dtype bfloat16, float16, float32 and head_dim 32, 64, 96,",
+        ),
         (["--quick", "--full"], "--quick and --full exclude each other"),
         (
             ["--case", "[float32]"],
             "must read dtype/head_dim/lengths/mask/heads/feature/layout/values, such as bfloat16/d64",
         ),
         (["--case", f"[{CASE.replace('plain', 'plane')}]"], "no feature 'plane'"),
-        (["--case", f"[{CASE.replace('h6kv2', 'h6kv4')}]"], "must read"),
-        (["--case", f"[{CASE.replace('causal', 'window')}]"], "must read"),
+        (["--case", f"[{CASE.replace('d64', 'd064')}]"], "no head_dim 'd064'"),
+        (["--case", f"[{CASE.replace('129x129', '129x0')}]"], "no lengths '129x0'"),
+        (["--case", f"[{CASE.replace('h6kv2', 'h6kv4')}]"], "no heads 'h6kv4'"),
+        (["--case", f"[{CASE.replace('causal', 'window')}]"], "no mask 'window'"),
         (["--case", f"[{CASE.replace('normal', 'stale')}]"], "asks for what no call offers"),
-        (["--case", f"[{CASE}]", "--dtype", "[float16]"], "none of the cases has dtype ['float16']"),
+        (
+            ["--case", f"[{CASE}]", "--dtype", "[float16]"],
+            "none of the cases has dtype float16: there are dtype float32",
+        ),
         (["--json", "/proc/no/check.json"], "cannot write /proc/no/check.json"),
         pytest.param(
             ["--device", "cuda"],

@@ -19,7 +19,7 @@ from flashlab.errors import UserError
 SCHEMA = 1
 PANEL = ["dtype", "head_dim", "num_heads", "num_kv_heads", "mask"]  # what is drawn against length in one panel
 CELL = [*PANEL, "pass", "batch_size", "seqlen"]
-NUMBERS = ["latency_ms", "tflops_per_s", "peak_memory_mib"]
+NUMBERS = ["latency_ms", "latency_ms_p10", "latency_ms_p90", "tflops_per_s", "peak_memory_mib"]
 STATUSES = ("ok", "unsupported", "oom", "failed", "wrong")
 PASSES = {"forward": "forward", "backward": "backward", "forward_backward": "forward + backward"}
 
@@ -125,7 +125,8 @@ def _problem(row: dict[str, Any]) -> str | None:
     choices = {"status": STATUSES, "pass": PASSES, "dtype": ITEM_BYTES}
     wrong = [name for name in ("backend", "mask", *choices) if not isinstance(row.get(name), str)]
     wrong += [name for name, known in choices.items() if name not in wrong and row[name] not in known]
-    needed += ["peak_memory_mib"] if row.get("peak_memory_mib") else []  # none on a CPU
+    optional = ("latency_ms_p10", "latency_ms_p90", "peak_memory_mib")  # no memory on a CPU
+    needed += [name for name in optional if row.get(name)]
     wrong += [name for name in needed if not is_positive(name)]
     return f"{wrong[0]} {row.get(wrong[0])!r}" if wrong else None
 

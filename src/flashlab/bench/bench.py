@@ -16,6 +16,14 @@ from flashlab.bench.sweep import choose_device
 from flashlab.errors import UserError, write_text
 from flashlab.machine import provenance
 
+FIGURES = {  # what is printed -> its key in a row
+    "ms": "latency_ms",
+    "p10": "latency_ms_p10",
+    "p90": "latency_ms_p90",
+    "TFLOP/s": "tflops_per_s",
+    "peak MiB": "peak_memory_mib",
+    "error ratio": "error_ratio",
+}
 LAB_NAMES = {"Pytorch": "standard", "Flash2": "flash_attention_2"}
 
 
@@ -57,6 +65,8 @@ def bench(
         raise UserError(f"--num_heads must divide --emb_dim; {num_heads} does not divide {emb_dim}")
     if not output.parent.is_dir():
         raise UserError(f"--output {output}: there is no folder {output.parent}; make it, or choose another")
+    if output.is_dir():
+        raise UserError(f"--output {output} is a folder: name a file")
     place = choose_device(device)
     if batch_size is None:
         batch_size = 32 if place == "cuda" else 1
@@ -104,13 +114,12 @@ def _scaled(value: float | None, factor: float) -> float | None:
 def _print(console: Console, case: Case, rows: dict[str, Row]) -> None:
     resolved = " / ".join(dict.fromkeys(row["resolved"] for row in rows.values()))
     shape = f"{case.batch_size} x {case.seqlen}, {case.num_heads} heads of {case.head_dim}, {case.dtype}, {case.mask}"
-    table = Table(title=f"{resolved}: {shape}", title_justify="left")
-    table.add_column("pass", no_wrap=True)
-    for column in ("ms", "p10", "p90", "TFLOP/s", "peak MiB", "error ratio"):
-        table.add_column(column, justify="right")
-    for name, row in rows.items():
-        keys = ("latency_ms", "latency_ms_p10", "latency_ms_p90", "tflops_per_s", "peak_memory_mib", "error_ratio")
-        table.add_row(name, *("-" if row[key] is None else f"{row[key]:.4g}" for key in keys))
+    table = Table("pass", title=f"{resolved}: {shape}", title_justify="left")
+    for name in rows:  # a column each, since they are few, and so fit a narrow terminal
+        table.add_column(name, justify="right", overflow="fold")
+    for what, key in FIGURES.items():
+        values = (row[key] for row in rows.values())
+        table.add_row(what, *("-" if value is None else f"{value:.4g}" for value in values))
     console.print(table)
     troubles: dict[str, list[str]] = {}
     for name, row in rows.items():

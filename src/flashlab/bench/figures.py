@@ -236,9 +236,12 @@ def traffic(sweep: Sweep) -> Drawn:
     handles = {}
     for axes, (title, part) in zip(grid.flat, parts.items(), strict=True):
         key: Any
+        tiled = part[part["algorithm"] == "tiled"].groupby("seqlen")["moved"].first()
         for key, line in part.sort_values("seqlen").groupby(["algorithm", "density"]):
             algorithm, density = key
             sparse = algorithm == "block_sparse"
+            if sparse and (line["moved"] == line["seqlen"].map(tiled)).all():
+                continue  # hidden under the points of tiled
             color = LOOKS.get(ALGORITHMS.get(algorithm, ""), UNKNOWN)[0]
             shade: Any = color if not sparse else _pale(color, 0.75 * (1 - density))
             label = f"block-sparse, {100 * density:.3g} % of blocks" if sparse else algorithm

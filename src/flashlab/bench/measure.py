@@ -1,9 +1,10 @@
 """Measure one pass of one backend on one case: compare it with the reference first, then its memory, then time it."""
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import lru_cache, partial
+from itertools import product
 from time import perf_counter
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch._functorch import config as functorch_config
 
 from flashlab.attention import attention, resolve
 from flashlab.attention.interface import BackendUnavailable
-from flashlab.bench.case import Case
+from flashlab.bench.case import DTYPES, Case
 from flashlab.bench.compare import Verdict, compare
 from flashlab.errors import UserError
 
@@ -23,6 +24,9 @@ Row = dict[str, Any]
 WARMUP_CALLS = 3
 CALLS_IN_A_ROW = 20  # queued ahead of the GPU at a time: a launch queue holds about 1000 kernels
 LONGEST_HEAD_START_MS = 50.0
+# Of the products and the copy that a device's ceilings are measured by: rows of the square matrices, and bytes.
+CEILING_SIZES = {"cuda": ((4096, 8192, 16384), 2**30), "cpu": ((256, 512, 1024), 2**27)}
+CEILING_MOMENTS = 3
 
 # What a result file says about how its numbers came about.
 METHOD = {
@@ -37,6 +41,8 @@ METHOD = {
     "quantiles": "latency_ms is the median, p10 and p90 beside it",
     "flops": "4 * batch * seqlen^2 * heads * head_dim, half if causal, window and block masks by their visible share; "
     "backward 2.5 times, both 3.5 times",
+    "ceilings": "of square matrix products in the sweep's dtypes, and of copies larger than the caches: the fastest "
+    "call, of several sizes at several moments, at the start and at the end",
     "peak_memory_mib": "the most that torch had allocated during one call, less q, k, v and, where there is a backward "
     "pass, the output's gradient; the output counts, and for the backward pass what the forward pass keeps",
 }
@@ -266,22 +272,32 @@ def rehearse(cells: list[tuple[Case, str, str]]) -> None:
             _prepare(case, backend, pass_name)()
 
 
-def ceilings(device: str) -> dict[str, float]:
-    """Measure what this device gives at most: TFLOP/s of a large matrix product and GB/s of a large copy.
+def ceilings(device: str, dtypes: Sequence[str]) -> dict[str, float]:
+    """Measure what this device gives at most: TFLOP/s of matrix products and GB/s of copies.
 
-    On a GPU 8192 x 8192 bfloat16 and 1 GiB, on a CPU 1024 x 1024 float32 and 128 MiB, random data; a copied byte counts
-    twice, since it is read and written.
+    The fastest call counts, over some sizes and dtypes, each at several moments: whatever else runs on the machine only
+    ever makes calls slower. Random data; a copied byte counts twice, since it is read and written.
+
+    Args:
+        device: "cpu" or "cuda".
+        dtypes: Of the products; those of a sweep.
     """
-    on_gpu = device == "cuda"
-    size, dtype = (8192, torch.bfloat16) if on_gpu else (1024, torch.float32)
-    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    source = torch.randn(2**28 if on_gpu else 2**25, device=device)
+    sizes, copied = CEILING_SIZES[device]
+    if device == "cpu":  # which multiplies float16 up to a hundred times slower: seconds for each product
+        dtypes = sorted({"float32" if dtype == "float16" else dtype for dtype in dtypes})
+    source = torch.randn(copied // 4, device=device)
     target = torch.empty_like(source)
-    product_ms, copy_ms = (
-        float(np.median(_TIMERS[device](call, 300.0, 5, 100, WARMUP_CALLS)))
-        for call in (partial(torch.mm, a, b), partial(target.copy_, source))
-    )
-    return {
-        "matmul_tflops_per_s": 2 * size**3 / product_ms / 1e9,
-        "copy_gb_per_s": 2 * source.nbytes / copy_ms / 1e6,
-    }
+    pairs = [
+        [torch.randn(size, size, device=device).to(DTYPES[dtype]) for _ in range(2)]
+        for size, dtype in product(sizes, dtypes)
+    ]
+
+    def fastest_ms(call: Callable[[], Any]) -> float:
+        return min(_TIMERS[device](call, 60.0, 3, 100, 1))
+
+    tflops_per_s, gb_per_s = 0.0, 0.0
+    for _ in range(CEILING_MOMENTS):
+        for a, b in pairs:
+            tflops_per_s = max(tflops_per_s, 2 * len(a) ** 3 / fastest_ms(partial(torch.mm, a, b)) / 1e9)
+        gb_per_s = max(gb_per_s, 2 * source.nbytes / fastest_ms(partial(target.copy_, source)) / 1e6)
+    return {"matmul_tflops_per_s": tflops_per_s, "copy_gb_per_s": gb_per_s}

@@ -35,6 +35,8 @@ from flashlab.report import Picture, Section, Table, Text, Verdicts, flatten, wr
 AUTO_REACHES = 0.97  # of the best backend's speed, in every cell
 LINEAR = 0.1  # how far a memory exponent may lie from 1, and a block-sparse line's start from 0
 STRAIGHT_R2 = 0.98
+NOISY = 2.0  # p90 / p10 of the calls of one cell, where the machine did something else meanwhile ...
+NOISY_SHARE = 0.05  # ... and the share of such cells that says so of the whole sweep
 
 Block = Text | Verdicts | Table | Picture
 Show = Callable[[str, str], Block]  # name and caption of a picture -> the picture, or why there is none
@@ -99,6 +101,8 @@ def summary(sweep: Sweep) -> list[tuple[str, str]]:
         *_linear(sweep),
     ]
     lines = [("", line) for line in said if line]
+    if warning := _noise(sweep):
+        lines.insert(0, ("loses", warning))
     if line := _auto_line(sweep):
         lines.append(line)
     wrong = sweep.rows[sweep.rows["status"] == "wrong"]
@@ -106,6 +110,18 @@ def summary(sweep: Sweep) -> list[tuple[str, str]]:
         counts = ", ".join(f"{backend} {count}" for backend, count in Counter(wrong["backend"]).most_common())
         lines.append(("loses", f"Cells with wrong results, which were not timed: {counts}."))
     return lines
+
+
+def _noise(sweep: Sweep) -> str | None:
+    """Warn where calls of one cell took times that differ too much for a quiet machine."""
+    spread = sweep.ok["latency_ms_p90"] / sweep.ok["latency_ms_p10"]
+    noisy = (spread >= NOISY).sum()
+    if noisy <= NOISY_SHARE * len(spread):
+        return None
+    return (
+        f"The machine was not quiet: in {noisy} of {len(spread)} cells the slowest tenth of the calls took {NOISY:g} "
+        f"times as long as the fastest tenth, or more (at most {spread.max():.3g} times). Measure anew when it is idle."
+    )
 
 
 def fastest_table(sweep: Sweep, name: str) -> Table:
@@ -119,7 +135,7 @@ def fastest_table(sweep: Sweep, name: str) -> Table:
         cells = {at: f"{rates.at[at, backend]:.3g} {short(backend)}" for at, backend in fastest.items()}
         rows.append((panel_name(panel, sweep), *(cells.get(seqlen, "-") for seqlen in lengths)))
     header = (PASSES[name].capitalize(), *(f"{seqlen:,}" for seqlen in lengths))
-    return Table("TFLOP/s of the fastest backend, by length.", header, rows, "l" + "r" * len(lengths))
+    return Table("", header, rows, "l" + "r" * len(lengths))
 
 
 def short(backend: str) -> str:
@@ -138,7 +154,8 @@ def _speed(sweep: Sweep, show: Show) -> list[Block]:
     blocks: list[Block] = []
     for name in ("forward", "forward_backward"):
         blocks.append(show(f"tflops_{name}", f"TFLOP/s of the {PASSES[name]} pass, by length.{crosses}"))
-    blocks += [fastest_table(sweep, name) for name in sweep.passes if not dense(wide(sweep, name)).empty]
+    if tables := [fastest_table(sweep, name) for name in sweep.passes if not dense(wide(sweep, name)).empty]:
+        blocks += [Text("TFLOP/s of the fastest backend, by length:"), *tables]
     blocks.append(Text(f"Short names: {', '.join(f'{short(name)} is {name}' for name in _named(sweep))}."))
     return blocks
 
@@ -294,8 +311,8 @@ def _roofline(sweep: Sweep, show: Show) -> list[Block]:
     )
     blocks += [Text(note), *(Text(line) for line in [_bound(sweep)] if line)]
     table = []
+    share = rows[["compute_ms", "memory_ms"]].max(axis=1) / rows["latency_ms"]  # of what the roof allows
     for (backend, name), part in rows.groupby(["backend", "pass"], sort=False):
-        roof_ms = part[["compute_ms", "memory_ms"]].max(axis=1)
         table.append(
             (
                 f"{backend}, {PASSES[str(name)]}",
@@ -303,12 +320,20 @@ def _roofline(sweep: Sweep, show: Show) -> list[Block]:
                 f"{int(part['memory_bound'].sum())} of {len(part)}",
                 f"{(part['latency_ms'] / part['memory_ms']).median():.3g}",
                 f"{(part['latency_ms'] / part['compute_ms']).median():.3g}",
-                f"{100 * (roof_ms / part['latency_ms']).max():.0f} %",
+                f"{100 * share[part.index].max():.0f} %",
             )
         )
     header = ("Backend, pass", "FLOP/byte", "Memory-bound", "Time / bytes' time", "Time / FLOPs' time", "Best share")
     caption = "Times are medians over the cells; the best share is that of what the roof allows."
     blocks.append(Table(caption, header, sorted(table), "lrrrrr"))
+    if above := (share > 1).sum():
+        blocks.append(
+            Text(
+                f"Above the roof, where no kernel can be: {above} of {len(share)} cells, at up to "
+                f"{100 * share.max():.0f} %. The ceilings were measured too low, while the machine was slower than for "
+                "these cells, or their data stayed in caches: such shares do not say how much is left to gain."
+            )
+        )
     return blocks
 
 

@@ -19,6 +19,8 @@ from types import FrameType
 from typing import Any, Literal, NamedTuple
 
 import torch
+from filelock import FileLock, Timeout
+from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -33,7 +35,7 @@ from flashlab.errors import UserError, writing
 from flashlab.machine import provenance, write_result
 from flashlab.worker import Worker, WorkerLost
 
-FILE, LOG = "sweep.json", "workers.log"
+FILE, LOG, LOCK = "sweep.json", "workers.log", ".lock"
 COMPILED = ("flash_attention_4", "flex_attention")  # backends that compile kernels, for seconds each ...
 COMPILED_BY_LENGTH = ("flex_attention",)  # ... and for every length anew
 COMPILE_AT_MOST_S = 300.0
@@ -93,11 +95,11 @@ def sweep(
     grids: list[Grid] | None = None,
     out: Path = Path("runs/attention_sweep"),
     device: Literal["auto", "cpu", "cuda"] = "auto",
-    budget_ms: float = 150.0,
-    min_repeats: int = 5,
-    max_repeats: int = 100,
-    timeout_s: float = 180.0,
-    compile_jobs: int | None = None,
+    budget_ms: PositiveFloat = 150.0,
+    min_repeats: PositiveInt = 5,
+    max_repeats: PositiveInt = 100,
+    timeout_s: PositiveFloat = 180.0,
+    compile_jobs: NonNegativeInt | None = None,
     resume: bool = True,
 ) -> int:
     """Measure attention over lengths, head dimensions, precisions, masks, passes and backends, into OUT/sweep.json.
@@ -122,10 +124,14 @@ def sweep(
     cells = expand(grids, place)
     options = {"budget_ms": budget_ms, "min_repeats": min_repeats, "max_repeats": max_repeats}
     config = {"grids": [asdict(grid) for grid in grids], "device": place, **options}
-    result = _Result(out / FILE, cells, config, resume=resume)
-    todo = result.missing()
+    with _alone_in(out):
+        return _sweep(_Result(out / FILE, cells, config, resume=resume), _jobs(compile_jobs, place), timeout_s, options)
+
+
+def _sweep(result: "_Result", jobs: int, timeout_s: float, options: dict[str, Any]) -> int:
+    cells, todo = result.cells, result.missing()
     console = Console(highlight=False)
-    minutes = max(len(todo) * (budget_ms / 1e3 + SECONDS_BESIDE_TIMING) / 60, 1)
+    minutes = max(len(todo) * (options["budget_ms"] / 1e3 + SECONDS_BESIDE_TIMING) / 60, 1)
     resumed = f", {len(cells) - len(todo)} of them made before" if len(todo) < len(cells) else ""
     compiling = ", and what compiling takes" if any(cell.backend in COMPILED for cell in todo) else ""
     estimate = f": about {minutes:.0f} min{compiling}" if todo else ""
@@ -133,7 +139,7 @@ def sweep(
     try:
         if todo:
             with _terminable(), _progress(console) as progress:
-                _run(result, todo, out / LOG, _jobs(compile_jobs, place), timeout_s, options, progress)
+                _run(result, todo, jobs, timeout_s, options, progress)
     except KeyboardInterrupt as error:
         console.print(f"stopped after {len(result.rows)} of {len(cells)}: the same command measures the others")
         return 128 + (signal.SIGTERM if isinstance(error, Stopped) else signal.SIGINT)
@@ -219,8 +225,6 @@ class _Result:
         self.path, self.cells = path, cells
         self.record: dict[str, Any] = {**provenance("attention_sweep"), "method": METHOD, "config": config}
         self.rows: dict[tuple[Any, ...], Row] = {}
-        with writing(path.parent):
-            path.parent.mkdir(parents=True, exist_ok=True)
         if resume and path.exists():
             self._continue(config)
         self._saved_s = 0.0
@@ -277,13 +281,13 @@ def _key(row: Row) -> tuple[Any, ...]:
 def _run(
     result: _Result,
     todo: list[Cell],
-    log: Path,
     jobs: int,
     timeout_s: float,
     options: dict[str, Any],
     progress: Progress,
 ) -> None:
     """Compile, count the traffic, measure the ceilings, then cell after cell."""
+    log = result.path.with_name(LOG)
     _compile_ahead(todo, log, jobs, progress)
     if "traffic" not in result.record:
         counting = progress.add_task("counting bytes", total=1)
@@ -295,8 +299,8 @@ def _run(
         for cell in todo:
             progress.update(task, description=_title(cell))
             worker = worker or Worker(log)
-            if "ceilings" not in result.record:
-                result.record["ceilings"] = _ceilings(worker, cell.case.device, timeout_s)
+            if cell is todo[0]:
+                _raise_ceilings(result, worker, timeout_s)
             try:
                 row = worker.call(measure, *cell, timeout_s=timeout_s, **options)
             except WorkerLost as error:
@@ -312,14 +316,20 @@ def _run(
                 worker.stop()
                 worker = None
             progress.advance(task)
+        if worker:
+            _raise_ceilings(result, worker, timeout_s)
     finally:
         if worker:
             worker.stop()
 
 
-def _ceilings(worker: Worker, device: str, timeout_s: float) -> dict[str, float]:
+def _raise_ceilings(result: _Result, worker: Worker, timeout_s: float) -> None:
+    """Measure the ceilings; the best of all times counts, since a busy machine gives less."""
+    device, dtypes = result.cells[0].case.device, sorted({cell.case.dtype for cell in result.cells})
+    known = result.record.get("ceilings", {})
     try:
-        return worker.call(ceilings, device, timeout_s=timeout_s)
+        found = worker.call(ceilings, device, dtypes, timeout_s=timeout_s)
+        result.record["ceilings"] = {name: max(value, known.get(name, 0.0)) for name, value in found.items()}
     except Exception as error:
         raise UserError(
             f"device {device} does not even multiply matrices: {one_line(error)} (try `flashlab doctor`)"
@@ -390,6 +400,22 @@ def _progress(console: Console) -> Progress:
     title = TextColumn("{task.description}", table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1))
     counts = BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()
     return Progress(*counts, title, console=console, expand=True)
+
+
+@contextmanager
+def _alone_in(out: Path) -> Iterator[None]:
+    """Create the folder and keep every other sweep out of it."""
+    lock = FileLock(out / LOCK)
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise UserError(f"{out} is being written by another sweep; wait for it, or choose another --out") from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 @contextmanager

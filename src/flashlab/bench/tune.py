@@ -67,6 +67,8 @@ def tune(
     path = out or auto.tuned_path(torch.device(place))
     checked = read(check, "attention_check", "flashlab check --json")["rows"] if check else []
     with writing(path):
+        if path.is_dir():
+            raise UserError(f"--out {path} is a folder: name a file")
         path.parent.mkdir(parents=True, exist_ok=True)
     measured = path.with_name(f"{path.stem}-sweep")
     if sweep is None and (code := _measure(place, quick, measured)) > 1:

@@ -3,8 +3,9 @@
 A case is its name, and its name is a case: nine words from which the same inputs are made on every machine.
 """
 
+import re
 import zlib
-from collections.abc import Container
+from collections.abc import Callable, Collection, Container
 from dataclasses import dataclass, replace
 from itertools import combinations, product
 from typing import Any, NamedTuple
@@ -141,27 +142,15 @@ def parse(name: str) -> Case:
     Raises:
         UserError: the name does not describe a case; the message says which word and what it may be.
     """
-    wrong_form = UserError(f"--case: {name!r} must read {_WORDS}, such as {Case().name}")
-    words = name.split("/")
-    if len(words) != len(_WORDS.split("/")):
-        raise wrong_form
+    words, kinds = name.split("/"), _WORDS.split("/")
+    if len(words) != len(kinds):
+        raise UserError(f"--case: {name!r} must read {_WORDS}, such as {Case().name}")
+    for kind, word in zip(kinds, words, strict=True):
+        is_one, forms = _FORMS[kind]
+        if not is_one(word):
+            raise UserError(f"--case: no {kind} {word!r} in {name!r}; there are {forms}")
     dtype, head_dim, lengths, mask, heads, feature, layout, values = words
-    for kind, word, known in (
-        ("dtype", dtype, tuple(DTYPES)),
-        ("feature", feature, FEATURES),
-        ("layout", layout, LAYOUTS),
-        ("values", values, VALUES),
-    ):
-        if word not in known:
-            raise UserError(f"--case: no {kind} {word!r} in {name!r}; there are {', '.join(known)}")
-    try:
-        case = Case(dtype, int(head_dim[1:]), lengths, mask, heads, feature, layout, values)
-        (num_heads, num_kv_heads), smallest = case.num_heads, min(*case.seqlens, *case.num_heads, case.head_dim)
-        if smallest < 1 or num_heads % num_kv_heads or case.name != name:
-            raise wrong_form
-        _mask(mask, case.seqlens, torch.Generator())
-    except ValueError:
-        raise wrong_form from None
+    case = Case(dtype, int(head_dim[1:]), lengths, mask, heads, feature, layout, values)
     if not _is_possible(case):
         raise UserError(f"--case: {name!r} asks for what no call offers, such as a block mask on a cache")
     return case
@@ -310,6 +299,37 @@ def _mask(
         elif word != "full":
             raise ValueError(mask)
     return causal, window_size, block_mask
+
+
+def _is_mask(word: str) -> bool:
+    try:
+        _mask(word, (1, 1), torch.Generator())
+    except ValueError:
+        return False
+    return True
+
+
+def _are_heads(word: str) -> bool:
+    numbers = re.fullmatch(rf"h({_NUMBER})kv({_NUMBER})", word)
+    return numbers is not None and int(numbers[1]) % int(numbers[2]) == 0
+
+
+def _choice(known: Collection[str]) -> tuple[Callable[[str], bool], str]:
+    return known.__contains__, ", ".join(known)
+
+
+_NUMBER = "[1-9][0-9]*"
+# word of a case's name -> whether something is one, and what there is
+_FORMS: dict[str, tuple[Callable[[str], bool], str]] = {
+    "dtype": _choice(DTYPES),
+    "head_dim": (lambda word: bool(re.fullmatch(f"d{_NUMBER}", word)), "d64 and any other number"),
+    "lengths": (lambda word: bool(re.fullmatch(f"{_NUMBER}x{_NUMBER}", word)), "129x257 and any other Sq x Sk"),
+    "mask": (_is_mask, "full, causal, window:LEFT:RIGHT, blocks:SHARE, causal+blocks:SHARE"),
+    "heads": (_are_heads, "h6kv2 and any others of which the second number divides the first"),
+    "feature": _choice(FEATURES),
+    "layout": _choice(LAYOUTS),
+    "values": _choice(VALUES),
+}
 
 
 def _is_possible(case: Case) -> bool:

@@ -46,7 +46,7 @@ def check(
     case: list[str] | None = None,
     json: Path | None = None,
 ) -> int:
-    """Compare every attention backend with the reference, and exit with 1 if one is wrong.
+    """Compare every attention backend with the reference, and exit with 1 if one is wrong or nothing could be judged.
 
     Args:
         quick: Judge by a choice of cases, in less than a minute; the default.
@@ -63,15 +63,14 @@ def check(
     on, backends = _device(device), _known("--backend", backend, ["auto", *BACKENDS]) or [*BACKENDS, "auto"]
     cases = [parse(name) for name in case or []]
     dtypes = _known("--dtype", dtype, DTYPES) or DTYPES
-    tasks = [
-        task
-        for task in plan(backends, cases, on, full=full)
-        if task.case.dtype in dtypes and (not head_dim or task.case.head_dim in head_dim)
-    ]
+    planned = plan(backends, cases, on, full=full)
+    tasks = [task for task in planned if task.case.dtype in dtypes and (not head_dim or task.case.head_dim in head_dim)]
     if not tasks:
-        raise UserError(f"none of the cases has dtype {dtype} and head_dim {head_dim}: leave one out, or take --full")
+        raise UserError(_no_case({"dtype": dtype, "head_dim": head_dim}, planned))
     if json is not None:
         with writing(json):  # not after minutes of work
+            if json.is_dir():
+                raise UserError(f"--json {json} is a folder: name a file")
             json.parent.mkdir(parents=True, exist_ok=True)
             TemporaryFile(dir=json.parent).close()
     console = Console()
@@ -88,7 +87,8 @@ def check(
             facts = {**provenance("attention_check"), "method": METHOD, "config": config, "seed_example": example}
             complete = len(rows) == board.total
             write_result(json, {**facts, "complete": complete, "rows": [_as_json(row, on) for row in rows]})
-    return int(any(row.verdict.status == "wrong" for row in rows))
+    statuses = {row.verdict.status for row in rows}
+    return int("wrong" in statuses or "ok" not in statuses)
 
 
 def seed_example(device: torch.device) -> str:
@@ -150,6 +150,8 @@ class Board:
             self._say(f"WRONG: {', '.join(f'{name} in {count} cases' for name, count in wrong.items())}")
         elif (seen := sum(counts.total() for counts in self.counts.values())) < self.total:
             self._say(f"stopped after {seen} of {self.total}; nothing was wrong so far")
+        elif not any(counts["ok"] for counts in self.counts.values()):
+            self._say("nothing was judged: every case was unsupported or out of memory")
         else:
             self._say("nothing is wrong")
 
@@ -196,6 +198,13 @@ def _known(option: str, asked: list[str] | None, known: Collection[str]) -> list
             nearest = difflib.get_close_matches(each, known, n=1, cutoff=0.0)[0]
             raise UserError(f"{option}: there is no {each!r}; did you mean {nearest!r}? (there are {', '.join(known)})")
     return asked
+
+
+def _no_case(asked: dict[str, Any], planned: Sequence[Task]) -> str:
+    """Say what none of the cases has, and what they have."""
+    wanted = (f"{name} {', '.join(map(str, values))}" for name, values in asked.items() if values)
+    there = (f"{name} {', '.join(map(str, sorted({getattr(task.case, name) for task in planned})))}" for name in asked)
+    return f"none of the cases has {' and '.join(wanted)}: there are {' and '.join(there)}; --case takes any"
 
 
 def _device(asked: str) -> torch.device:
