@@ -54,3 +54,22 @@ def test_a_missing_extension_is_named(flash_attn_package, make_spec):
     flash_attn_package(flash_attn_interface="import flash_attn_2_cuda_missing")
     reason = flash.why_not(2, make_spec(device=torch.device("cuda")))
     assert "flash-attn 2 lacks its module flash_attn_2_cuda_missing" in reason
+
+
+@pytest.mark.parametrize(
+    ("version", "capability", "reason"),
+    [
+        (2, (7, 5), "it needs an Ampere GPU or newer (compute capability 8.0); this one has 7.5"),
+        (2, (9, 0), None),
+        (3, (8, 0), "it needs a Hopper GPU or newer (compute capability 9.0); this one has 8.0"),
+        (3, (9, 0), None),
+        (3, (10, 0), "it is made for Hopper alone (compute capability 9.0); this one has 10.0"),
+        (4, (8, 9), "it needs a Hopper GPU or newer (compute capability 9.0); this one has 8.9"),
+        (4, (10, 0), None),
+    ],
+)
+def test_each_version_has_its_gpus(version, capability, reason, make_spec, monkeypatch):
+    monkeypatch.setattr(flash, "import_problem", lambda version: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert flash.why_not(version, make_spec(device=torch.device("cuda"))) == reason

@@ -13,7 +13,6 @@ from flashlab.attention.spec import AttentionSpec, Cache, Options, Packing
 
 # flash-attn 4 installs into the same package `flash_attn` as flash-attn 2: only these modules prove a version.
 MODULES = {2: "flash_attn.flash_attn_interface", 3: "flash_attn_interface", 4: "flash_attn.cute.interface"}
-# compute capability -> what runs there: version 3 is made for Hopper alone
 LOWEST_CAPABILITY = {2: (8, 0), 3: (9, 0), 4: (9, 0)}
 
 _LOADED: dict[int, ModuleType] = {}  # by import_problem, which every call passes first; `import` takes a microsecond
@@ -112,6 +111,8 @@ def why_not(version: int, spec: AttentionSpec) -> str | None:
         name = "an Ampere" if version == 2 else "a Hopper"
         lowest = "{}.{}".format(*LOWEST_CAPABILITY[version])
         return "it needs {} GPU or newer (compute capability {}); this one has {}.{}".format(name, lowest, *capability)
+    if version == 3 and capability[0] > 9:
+        return "it is made for Hopper alone (compute capability 9.0); this one has {}.{}".format(*capability)
     return None
 
 

@@ -153,7 +153,7 @@ def split(sweep: Sweep) -> Drawn:
             if seqlen in times["forward"][panel].index:
                 part = pd.DataFrame({"forward": times["forward"][panel].loc[seqlen], "both": both.loc[seqlen]}).dropna()
                 if len(part):
-                    parts[f"{panel_name(panel, sweep)}, length {_short(seqlen)}"] = part.loc[_order(part.index)]
+                    parts[f"{panel_name(panel, sweep)}, at {_short(seqlen)}"] = part.loc[_order(part.index)]
     if not parts:
         return "no backend ran the forward pass and both passes at one length."
     columns = min(2, len(parts))
