@@ -192,8 +192,8 @@ def is_blocks(mask: str) -> bool:
 
 
 def dense(table: pd.DataFrame) -> pd.DataFrame:
-    """Leave out the block-sparse masks, which have pictures of their own."""
-    return table[[not is_blocks(mask) for mask in table.index.get_level_values("mask")]]
+    """Leave out the block-sparse masks, which have pictures of their own, and backends that ran nothing else."""
+    return table[[not is_blocks(mask) for mask in table.index.get_level_values("mask")]].dropna(axis=1, how="all")
 
 
 def crossings(latency: pd.Series, against: pd.Series) -> tuple[str, list[float]]:
