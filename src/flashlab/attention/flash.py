@@ -62,6 +62,9 @@ def attention_with_kvcache(
     """
     keywords = _keywords(version, options)
     del keywords["deterministic"]  # there is no backward pass
+    # flash-attn appends to no cache of fewer places than queries, and of one query it counts the heads of a group.
+    if max(q.shape[1], q.shape[2] // k_cache.shape[2]) > k_cache.shape[1]:
+        cache = Cache(cache.append(k_cache, v_cache), None, None)
     run = _LOADED[version].flash_attn_with_kvcache
     return _out(run(q, k_cache, v_cache, k=cache.k, v=cache.v, cache_seqlens=cache.seqlens, **keywords))
 

@@ -414,8 +414,6 @@ def why_not(spec: AttentionSpec) -> str | None:
         return f"it needs a CUDA device or the CPU; the inputs are on {spec.device}"
     if spec.device.type == "cpu":
         return "torch has no backward pass of it on the CPU" if spec.needs_grad else None
-    if spec.layout != "dense":  # what is wrong was traced and changed since, and waits for a check on a GPU
-        return "its packed and cached forms were wrong on a GPU (H200, torch 2.11); flash-attn has both"
     if spec.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         return f"it computes in float16, bfloat16 or float32; the inputs are {spec.dtype}".replace("torch.", "")
     if not 16 <= spec.head_dim <= 256:

@@ -69,7 +69,7 @@ def attention(
     """
     q, k, v = _prepare(q, k, v)
     options = _options(q, causal, softmax_scale, window_size, softcap, alibi_slopes, block_mask, deterministic)
-    name = _plan(backend, "dense", _shapes(q, k, v), _kinds(q, k, v), _features(options), _needs_grad(q, k, v))
+    name = _choose(backend, "dense", (q.shape, k.shape, v.shape), q, k, v, options)
     return BACKENDS[name].run(q, k, v, options)
 
 
@@ -122,11 +122,9 @@ def attention_packed(
     _check_packing(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     (count,) = _static(cu_seqlens_q.shape)
     max_seqlen_q, max_seqlen_k = _static((max_seqlen_q, max_seqlen_k))
-    shapes = tuple(
-        (count - 1, longest, *_static(x.shape[1:]))
-        for x, longest in ((q, max_seqlen_q), (k, max_seqlen_k), (v, max_seqlen_k))
-    )
-    name = _plan(backend, "packed", shapes, _kinds(q, k, v), _features(options), _needs_grad(q, k, v))
+    lengths = max_seqlen_q, max_seqlen_k, max_seqlen_k
+    shapes = tuple((count - 1, longest, *x.shape[1:]) for x, longest in zip((q, k, v), lengths, strict=True))
+    name = _choose(backend, "packed", shapes, q, k, v, options)
     run = BACKENDS[name].run_packed
     assert run is not None  # else why_not refused it
     return run(q, k, v, Packing(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k), options)
@@ -185,8 +183,7 @@ def attention_with_kvcache(
         raise ValueError(f"under autocast the cache must be of its dtype, {q.dtype}; got {k_cache.dtype}")
     options = _options(q, causal, softmax_scale, window_size, softcap, alibi_slopes, None, False)
     cache = _check_cache(q, k_cache, k, v, cache_seqlens)
-    kinds = _kinds(q, k_cache, v_cache)
-    name = _plan(backend, "cache", _shapes(q, k_cache, v_cache), kinds, _features(options), False)
+    name = _choose(backend, "cache", (q.shape, k_cache.shape, v_cache.shape), q, k_cache, v_cache, options)
     run = BACKENDS[name].run_cached
     assert run is not None  # else why_not refused it
     return run(q, k_cache, v_cache, cache, options)
@@ -223,11 +220,11 @@ def _announce(message: str) -> None:
 def _prepare(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Apply autocast, and give the kernels the layout that all of them take: the head dimension contiguous."""
     try:
-        kind = q.device.type
+        kind = "cuda" if q.is_cuda else q.device.type  # the same, in a third of the time
         if kind != "meta" and torch.is_autocast_enabled(kind):
             dtype = torch.get_autocast_dtype(kind)
             q, k, v = (x.to(dtype) if x.dtype in DTYPES else x for x in (q, k, v))
-        if q.stride(-1) == 1 and k.stride(-1) == 1 and v.stride(-1) == 1:
+        if q.stride()[-1] == k.stride()[-1] == v.stride()[-1] == 1:
             return q, k, v
         return tuple(x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))  # type: ignore[return-value]
     except (AttributeError, IndexError, TypeError) as error:
@@ -274,29 +271,19 @@ def _window(window_size: Any) -> tuple[int, int]:
     raise ValueError(f"window_size must be two whole numbers from -1 (unlimited) on; got {window_size!r}")
 
 
-def _needs_grad(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    return (q.requires_grad or k.requires_grad or v.requires_grad) and torch.is_grad_enabled()
-
-
-def _shapes(q: Tensor, k: Tensor, v: Tensor) -> tuple[tuple[int, ...], ...]:
-    if torch.compiler.is_compiling():
-        return _static(q.shape), _static(k.shape), _static(v.shape)
-    return q.shape, k.shape, v.shape
-
-
-def _static(numbers: Sequence[int]) -> tuple[int, ...]:
-    """Make numbers constants of a graph under torch.compile: which kernel runs depends on them."""
-    return tuple(len(range(n)) for n in numbers) if torch.compiler.is_compiling() else tuple(numbers)
-
-
-def _kinds(q: Tensor, k: Tensor, v: Tensor) -> tuple[Any, ...]:
-    return q.dtype, k.dtype, v.dtype, q.device, k.device, v.device
-
-
-def _features(options: Options) -> tuple[Any, ...]:
-    """Describe the options without the values of their tensors, so that calls can be told apart and looked up."""
+def _choose(
+    backend: str,
+    layout: str,
+    shapes: tuple[Sequence[int], ...],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    options: Options,
+) -> str:
+    """Return the backend of a call; every kind of call is checked and resolved once, then looked up."""
     slopes, blocks = options.alibi_slopes, options.block_mask
-    return (
+    kinds = q.dtype, k.dtype, v.dtype, q.device, k.device, v.device
+    features = (
         options.causal,
         options.window_size,
         not options.softcap,  # torch.compile makes a constant of `not`, and of no comparison
@@ -305,10 +292,19 @@ def _features(options: Options) -> tuple[Any, ...]:
         options.deterministic,
         torch.are_deterministic_algorithms_enabled(),  # some of torch's kernels refuse then
     )
+    needs_grad = (q.requires_grad or k.requires_grad or v.requires_grad) and torch.is_grad_enabled()
+    if torch.compiler.is_compiling():
+        return _choose_constant(backend, layout, tuple(map(_static, shapes)), kinds, features, needs_grad)
+    return _check_and_resolve(backend, layout, shapes, kinds, features, needs_grad)
+
+
+def _static(numbers: Sequence[int]) -> tuple[int, ...]:
+    """Make numbers constants of a graph under torch.compile: which kernel runs depends on them."""
+    return tuple(len(range(n)) for n in numbers) if torch.compiler.is_compiling() else tuple(numbers)
 
 
 @torch.compiler.assume_constant_result
-def _plan(*call: Any) -> str:
+def _choose_constant(*call: Any) -> str:
     """Look the call up; a graph under torch.compile holds the answer as a constant."""
     return _check_and_resolve(*call)
 
@@ -317,7 +313,7 @@ def _plan(*call: Any) -> str:
 def _check_and_resolve(
     backend: str,
     layout: str,
-    shapes: tuple[tuple[int, ...], ...],
+    shapes: tuple[Sequence[int], ...],
     kinds: tuple[Any, ...],
     features: tuple[Any, ...],
     needs_grad: bool,
@@ -327,7 +323,7 @@ def _check_and_resolve(
 
 def _describe(
     layout: Any,
-    shapes: tuple[tuple[int, ...], ...],
+    shapes: tuple[Sequence[int], ...],
     kinds: tuple[Any, ...],
     features: tuple[Any, ...],
     needs_grad: bool,

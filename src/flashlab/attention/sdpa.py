@@ -42,9 +42,8 @@ def attention(kernel: SDPBackend, q: Tensor, k: Tensor, v: Tensor, options: Opti
     q, seqlen_q = q[:, blind:], seqlen_q - blind
     mask, is_causal = None, False
     if options.alibi_slopes is not None or _needs_mask(seqlen_q, seqlen_k, options.causal, options.window_size):
-        mask = _as_mask(
-            q, visible(seqlen_q, seqlen_k, options, q.device), alibi_bias(seqlen_q, seqlen_k, options, q.device)
-        )
+        sees = visible(seqlen_q, seqlen_k, options, q.device)
+        mask = _as_mask(kernel, q, sees, alibi_bias(seqlen_q, seqlen_k, options, q.device))
     else:
         is_causal = options.causal and seqlen_q > 1
     out = _call(kernel, q, k, v, mask, is_causal, options.softmax_scale)
@@ -72,7 +71,7 @@ def attention_with_kvcache(
     written = (torch.arange(places, device=q.device) < filled[:, None])[:, :, None, None]
     k, v = k_cache.where(written, 0.0), v_cache.where(written, 0.0)
     some_key = sees.any(dim=-1, keepdim=True)  # a query of a row whose cache is still empty sees none
-    mask = _as_mask(q, sees | ~some_key, alibi_bias(seqlen_q, places, options, q.device, filled))
+    mask = _as_mask(kernel, q, sees | ~some_key, alibi_bias(seqlen_q, places, options, q.device, filled))
     return _call(kernel, q, k, v, mask, False, options.softmax_scale) * some_key.transpose(1, 2)
 
 
@@ -94,10 +93,14 @@ def _call(
         ).transpose(1, 2)
 
 
-def _as_mask(q: Tensor, sees: Tensor | None, bias: Tensor | None) -> Tensor | None:
+def _as_mask(kernel: SDPBackend, q: Tensor, sees: Tensor | None, bias: Tensor | None) -> Tensor | None:
     """Put mask and bias into the one tensor that torch takes."""
     if bias is None:
-        return sees
+        # Up to torch 2.11 cuDNN is told -65504 for a False, which scores of that size outdo:
+        # https://github.com/pytorch/pytorch/issues/177842
+        if kernel is not SDPBackend.CUDNN_ATTENTION or sees is None:
+            return sees
+        bias = torch.zeros((), device=q.device)
     if sees is not None:
         bias = bias.masked_fill(~sees, float("-inf"))
     return bias.to(q.dtype)
@@ -125,6 +128,8 @@ def why_not(kernel: SDPBackend, spec: AttentionSpec) -> str | None:
         return None
     if spec.device.type != "cuda":
         return f"it needs a CUDA device; the inputs are on {spec.device}"
+    if spec.infinities and kernel is SDPBackend.EFFICIENT_ATTENTION and spec.dtype == torch.float32:
+        return "in float32 it takes numbers apart into two, and makes NaN of infinity"
     if not torch.cuda.is_available():
         return "torch sees no CUDA device (`flashlab doctor` says why)"
     if spec.deterministic and spec.needs_grad and kernel is SDPBackend.CUDNN_ATTENTION:

@@ -44,6 +44,8 @@ class AttentionSpec:
         layout: "dense": ``[B, S, H, D]``; "packed": sequences of several lengths in a row ``[T, H, D]`` (seqlen_q and
             seqlen_k are then the longest); "cache": queries ``[B, Sq, H, D]`` against a key-value cache of Sk places.
         needs_grad: A backward pass may follow.
+        infinities: An infinite entry of k has to count as what it is, a score of plus or minus infinity. No call asks
+            for it; the check does.
     """
 
     batch_size: int
@@ -62,6 +64,7 @@ class AttentionSpec:
     block_sparse: bool = False
     deterministic: bool = False
     layout: Literal["dense", "packed", "cache"] = "dense"
+    infinities: bool = False
 
 
 class Packing(NamedTuple):

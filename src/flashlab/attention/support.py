@@ -39,6 +39,8 @@ FEATURES: dict[str, dict[str, Any]] = {
     "key-value cache, several tokens": {"causal": True, "layout": "cache", "seqlen_q": 4},
     "block-sparse": {"block_sparse": True},
     "deterministic backward": {"causal": True, "deterministic": True},
+    "infinity in k": {"infinities": True},
+    "infinity in k, float32": {"infinities": True, "dtype": torch.float32},
     "float16": {"dtype": torch.float16},
     "bfloat16": {"dtype": torch.bfloat16},
     "float32": {"dtype": torch.float32},

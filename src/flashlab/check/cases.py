@@ -219,6 +219,7 @@ def describe(case: Case, device: torch.device) -> AttentionSpec:
         block_sparse=block_mask is not None,
         deterministic=case.feature == "deterministic",
         layout="cache" if case.is_cache else case.layout,  # type: ignore[arg-type]
+        infinities=case.values == "inf",
     )
 
 
@@ -358,6 +359,7 @@ def quick_cases() -> list[Case]:
         replace(main, lengths="2048x2048", heads="h3kv1"),
         *(replace(full, lengths=lengths) for lengths in ("37x37", "128x128", "1x2048")),
         replace(full, values="overflow"),
+        replace(full, values="overflow", mask="causal", lengths="129x257"),
         *(replace(main, feature=feature) for feature in ("scale", "deterministic")),
         *(replace(main, mask=mask) for mask in ("window:40:0", "causal+blocks:0.5")),
         replace(main, heads="h4kv1"),

@@ -10,15 +10,23 @@ rules, and a result must keep both:
    over a block is nearly the same for any two correct implementations: twice leaves little room for faults.
 """
 
+from dataclasses import replace
 from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from flashlab.attention import BackendUnavailable, attention, attention_packed, attention_with_kvcache, reference
+from flashlab.attention import (
+    BackendUnavailable,
+    attention,
+    attention_packed,
+    attention_with_kvcache,
+    reference,
+    resolve,
+)
 from flashlab.check import oracle
-from flashlab.check.cases import Case, Inputs, make_inputs, spoiled_outputs
+from flashlab.check.cases import Case, Inputs, describe, make_inputs, spoiled_outputs
 from flashlab.check.oracle import Results
 
 BLOCK_ROWS = 128
@@ -60,6 +68,7 @@ class Judge:
 
     def __init__(self, case: Case, device: torch.device) -> None:
         self.inputs = clean = make_inputs(case, device)
+        self.spec = describe(case, device)
         self.needs_grad = case.needs_grad
         if case.values in ("nan", "nan_value"):  # what this spoils is known, and is no matter of how the oracle masks
             clean = clean._replace(q=clean.q.nan_to_num(), k=clean.k.nan_to_num(), v=clean.v.nan_to_num())
@@ -91,6 +100,7 @@ class Judge:
     def _judge(self, backend: str, with_grad: bool) -> Verdict:
         errors: dict[str, Errors] = {}
         try:
+            resolve(backend, replace(self.spec, needs_grad=with_grad))  # a call does not say what its inputs hold
             problems = self._run_and_compare(backend, with_grad, errors)
         except BackendUnavailable as unavailable:
             return Verdict("unsupported", str(unavailable).split("cannot run this call: ")[-1], {})
