@@ -130,6 +130,18 @@ def check(path: Path) -> str:
     return f"\n{told}\n\n" + markdown(Table("", ("Backend", *statuses), rows, "l" + "r" * len(statuses)))
 
 
+def overhead(path: Path) -> str:
+    """Show what the interface adds to a call, from the figures of examples/attention_bench/overhead.py."""
+    record = read(path, "attention_overhead", "examples/attention_bench/overhead.py --json")
+    columns = ("direct_us", "interface_us", "overhead_us", "compiled_overhead_us")
+    rows = [
+        (f"`{row['backend']}`", *("-" if row.get(name) is None else f"{row[name]:.1f}" for name in columns))
+        for row in record["rows"]
+    ]
+    header = ("Microseconds a call", "its own function", "through `attention`", "added", "added under torch.compile")
+    return f"\n{describe_machine(record)}.\n\n" + markdown(Table("", header, rows, "l" + "r" * len(columns)))
+
+
 def support(path: Path) -> str:
     """Show which backend supports what, from the facts of `flashlab backends`."""
     record = read(path, "attention_support", "flashlab backends --docs")
@@ -142,6 +154,7 @@ RENDERERS: dict[str, Callable[..., str]] = {
     "check": check,
     "claims": claims,
     "interruptions": interruptions,
+    "overhead": overhead,
     "prepare": prepare,
     "published": published,
     "support": support,
