@@ -15,6 +15,15 @@ ARGS ?=
 # Asked once, when it is needed first: by then torch is installed.
 HAS_GPU = $(eval HAS_GPU := $(shell $(BIN)/python -c 'import torch; print("yes" * torch.cuda.is_available())' 2>/dev/null))$(HAS_GPU)
 
+# Images: a host with NVIDIA's driver gets the default variant, any other the CPU's.
+VARIANT ?= $(if $(shell command -v nvidia-smi),cu128-py312,cpu-py312)
+TAG = $(shell sed -n 's/.*name = "$(VARIANT)", tag = "\(.*\)".*/\1/p' docker/docker-bake.hcl)
+WHEEL = $(if $(filter cu%,$(VARIANT)),wheels/$(TAG)/build-info.json)
+BAKE = COMMIT=$$(git rev-parse HEAD 2>/dev/null) docker buildx bake -f docker/docker-bake.hcl
+COMPOSE = FLASHLAB_VARIANT=$(VARIANT) FLASHLAB_TAG=$(TAG) FLASHLAB_UID=$${FLASHLAB_UID:-$$(id -u)} FLASHLAB_GID=$${FLASHLAB_GID:-$$(id -g)} \
+  docker compose -f compose.yaml $(if $(filter cpu-%,$(VARIANT)),-f docker/compose.cpu.yaml)
+SERVICE ?= train
+
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 FLASHLAB := $(BIN)/flashlab
@@ -26,11 +35,13 @@ ifeq ($(filter data/simulated.csv.gz,$(DATA))$(wildcard $(DATA)),)
   $(error DATA=$(DATA): there is no such file; check the path, or download the public bars with `flashlab data fetch`)
 endif
 
-.PHONY: help train check bench test lint format doctor tensorboard data clean clean-all FORCE
+.PHONY: help train check bench test lint format doctor tensorboard data clean clean-all \
+  wheel image dev-image up attach known-variant FORCE
 
 help:
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 	@echo 'Variables: DATA=bars.csv RUN=folder CONFIG="files.yaml" ARGS="--option value" (of train) PYTHON=python3.12'
+	@echo 'of images: VARIANT=cu128-py312, cu130-py312 or cpu-py312; SERVICE=check, bench, evaluate, tensorboard, test ...'
 
 train: $(SET)/manifest.json ## set up, prepare, train, evaluate, report; DATA=bars.csv takes your bars; resumes a run
 	$(if $(filter %/cpu.yaml,$(CONFIG)),@echo "Settings for a CPU (cpu.yaml) are added: make doctor says what this machine has and lacks.")
@@ -65,15 +76,39 @@ tensorboard: $(INSTALLED) ## watch the runs at http://127.0.0.1:6006
 
 data: $(SET)/manifest.json ## write the embedded bars, or take DATA, and prepare them
 
+wheel: known-variant $(WHEEL) ## compile flash-attn for VARIANT once, and keep it in wheels/
+
+image: known-variant $(WHEEL) ## build the image of VARIANT; with Docker
+	$(if $(WHEEL),WHEELS=wheels )$(BAKE) runtime-$(VARIANT)
+
+dev-image: known-variant $(WHEEL) ## build the image for developers, which the devcontainer takes
+	$(if $(WHEEL),WHEELS=wheels )$(BAKE) dev-$(VARIANT)
+	docker tag flashlab:$(TAG)-dev flashlab:dev
+
+up: $(if $(filter dev test,$(SERVICE)),dev-image,image) ## build, and run the service SERVICE of compose.yaml on GPU or CPU
+	$(COMPOSE) $(if $(filter dev tensorboard,$(SERVICE)),up --detach,run --rm) $(SERVICE)
+
+attach: dev-image ## start the service dev and attach VS Code to it
+	$(COMPOSE) up --detach dev
+	docker/attach
+
 clean: ## remove the environment and every cache; data and runs stay
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache
 	find src tests -name __pycache__ -prune -exec rm -rf {} +
 
-clean-all: clean ## remove data/ and runs/ too, with whatever is in them
-	rm -rf data runs
+clean-all: clean ## remove what is in data/, runs/ and wheels/ too
+	find data runs -mindepth 1 ! -name .gitignore -delete
+	rm -rf wheels
 
 $(SET)/manifest.json: $(DATA) $(SET).source | $(INSTALLED)
 	$(FLASHLAB) data prepare $< --out $(@D)
+
+# Memory decides how many compilers run at a time. Hours on a laptop; docs/images.md has a table.
+$(WHEEL):
+	MAX_JOBS=$${MAX_JOBS:-$$(docker/max-jobs --docker)} $(BAKE) wheel-$(VARIANT)
+
+known-variant:
+	@$(if $(TAG),,echo "make: VARIANT=$(VARIANT): there are cu128-py312, cu130-py312 and cpu-py312" >&2; exit 2)
 
 # Two files of one name in two folders share a prepared set: another path prepares it anew.
 $(SET).source: FORCE

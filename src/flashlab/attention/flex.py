@@ -320,7 +320,7 @@ def _attend(
     if tables is not None:
         blocks = BlockMask((q.shape[1], k.shape[1]), *tables, (BLOCK_SIZE, BLOCK_SIZE), visible)
     kernel_options: Any = dict(kind.kernel_options)
-    out = flex_attention(
+    out: Any = flex_attention(  # a tensor, and in torch 2.11's words perhaps a tuple
         q.transpose(1, 2),
         k.transpose(1, 2),
         v.transpose(1, 2),

@@ -3,7 +3,9 @@
 import io
 import os
 import signal
+from datetime import timedelta
 from pathlib import Path
+from time import monotonic
 from types import FrameType
 from typing import Any
 
@@ -16,6 +18,7 @@ from torch import Tensor
 from flashlab.errors import UserError, writing
 
 BEST, LAST, PREVIOUS = "best.ckpt", "last.ckpt", "previous.ckpt"
+LINE_EVERY_S = 10.0
 
 
 class AverageWeights(WeightAveraging):
@@ -48,6 +51,27 @@ class Progress(TQDMProgressBar):
         """Give what is printed next a line of its own."""
         if self._train_progress_bar is not None:
             self._train_progress_bar.close()
+
+
+class ProgressLines(Callback):
+    """The first step and then a line every ten seconds, where no bar can move: in a log, or what Compose shows."""
+
+    def on_train_start(self, trainer: Trainer, *args: Any) -> None:
+        self._started = self._said = monotonic()
+        self._first_step = trainer.global_step
+        self._validated = ""
+
+    def on_validation_end(self, trainer: Trainer, *args: Any) -> None:
+        """Read the loss in all processes at once: they may have to exchange it."""
+        self._validated = f", validation loss {float(trainer.callback_metrics['val/loss']):.4f}"
+
+    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+        now, step = monotonic(), trainer.global_step
+        done = step - self._first_step
+        if (done == 1 or now - self._said >= LINE_EVERY_S) and trainer.is_global_zero:
+            self._said = now
+            left = timedelta(seconds=round((trainer.max_steps - step) / done * (now - self._started)))
+            print(f"step {step:,} of {trainer.max_steps:,}{self._validated}, {left} left", flush=True)
 
 
 class Stopped(Exception):  # noqa: N818 - not an error

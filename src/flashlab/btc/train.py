@@ -29,6 +29,7 @@ from flashlab.btc.callbacks import (
     BestCheckpoint,
     Checkpoints,
     Progress,
+    ProgressLines,
     Stopped,
 )
 from flashlab.btc.dataset import DataConfig
@@ -168,7 +169,9 @@ def train(
 
     checkpoints = Checkpoints(run, trainer.checkpoint_every_n_steps, checkpoint)
     best, early_stopping = BestCheckpoint(run), EarlyStopping("val/loss", patience=trainer.early_stopping_patience)
-    callbacks: list[Callback] = [best, Progress(refresh_rate=trainer.log_every_n_steps)]
+    has_bar = sys.stdout.isatty()
+    progress = Progress(refresh_rate=trainer.log_every_n_steps) if has_bar else ProgressLines()
+    callbacks: list[Callback] = [best, progress]
     if optimizer.average_decay:
         callbacks.append(AverageWeights(optimizer.average_decay))
     callbacks += [early_stopping, checkpoints]
@@ -189,6 +192,7 @@ def train(
         callbacks=callbacks,
         plugins=[AtomicCheckpointIO()],
         enable_model_summary=False,
+        enable_progress_bar=has_bar,
     )
     say = print if is_first else lambda *args, **kwargs: None
     say(
