@@ -1,9 +1,16 @@
+import signal
 from pathlib import Path
 
 import pytest
 
 from flashlab.btc.prepare import prepare
 from flashlab.btc.simulate import simulate_bars
+
+
+@pytest.fixture(autouse=True, scope="session")
+def interruptible() -> None:
+    """Hear Ctrl-C, which a shell lets its background jobs ignore: tests send it."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
