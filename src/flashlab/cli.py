@@ -35,6 +35,7 @@ COMMANDS = {
     "data describe": ("flashlab.btc.describe:describe", "say what a CSV or a prepared set holds, with a plot"),
     "train": ("flashlab.btc.train:train", "train the minute-bar forecaster"),
     "evaluate": ("flashlab.btc.evaluate:evaluate", "score a trained forecaster beside its baselines"),
+    "predict": ("flashlab.btc.predict:predict", "forecast the next bars of a CSV, or of a stream as they come"),
     "report": ("flashlab.report:report", "draw and write the report of an evaluated run or of a sweep"),
     "results": ("flashlab.results:results", "write the result files' numbers into README.md and docs"),
 }

@@ -13,9 +13,11 @@ import time
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields
+from io import BytesIO
+from itertools import chain, islice
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
@@ -30,6 +32,7 @@ HEADER = ",".join(name.capitalize() for name in COLUMNS)  # as the public data s
 
 CHUNK_ROWS = 1 << 18  # 12 MiB of float64: few enough to stay small, many enough to stay fast
 HEAD_BYTES = 1 << 16
+STEPS_BEFORE_JUDGED = 16  # bars of a stream after which their usual distance is known
 EARLIEST = int(pd.Timestamp("2009-01-01").timestamp())  # Bitcoin's first block is of 2009-01-03
 UNITS = {"seconds": 1, "milliseconds": 10**3, "microseconds": 10**6, "nanoseconds": 10**9}  # per second
 
@@ -137,6 +140,59 @@ def read_bars(sources: Sequence[Path]) -> tuple[Bars, Cleaning]:
 
     counted = {field.name: counts[field.name] for field in fields(Cleaning) if field.name not in ("sources", "kept")}
     return Bars(minute, values), Cleaning(sources=files, kept=len(minute), **counted)
+
+
+def stream_bars(lines: Iterable[bytes], warn: Callable[[str], None]) -> Iterator[tuple[int, np.ndarray]]:
+    """Read minute bars from the lines of a CSV as they come.
+
+    The rules are those of `read_bars`, as far as they can be without seeing what is still to come. A row that is left
+    out is reported, also one with a cell that is no number: a stream outlives a garbled line. So is one of a minute
+    before the last bar's. The last bar's minute may come again, and is then to replace it.
+
+    Args:
+        lines: the header, then rows.
+        warn: is told of every row that is left out.
+
+    Yields:
+        The minute since 1970 UTC, never before the one yielded last, and float32 ``[5]`` in the order of `FEATURES`.
+
+    Raises:
+        UserError: there is no header or no row, a column is missing, or the bars are not a minute long.
+    """
+    name = Path("standard input")
+    numbered = ((number, line) for number, line in enumerate(lines, start=1) if line.strip())
+    head = list(islice(numbered, 2))
+    if head and head[0][1].startswith((b"\x1f\x8b", b"PK\3\4")):
+        raise UserError(f"{name} is compressed; unpack it first, as with zcat")
+    layout = _find_layout(name, BytesIO(b"".join(line for _, line in head)))
+    header = head[0][1].strip()
+    width, unit, last = len(next(csv.reader([header.decode()]))), "", 0
+    seconds: list[int] = []
+    for number, line in chain(head[1:], numbered):
+        if line.strip() == header:  # of the next file in a row of files
+            continue
+        try:
+            cells = _parse_row(line, width, layout)
+            unit = unit or _guess_unit(name, cells[:1])
+            if np.isfinite(cells[0]) and not EARLIEST * UNITS[unit] <= cells[0] <= _latest() * UNITS[unit]:
+                raise ValueError(f"its time is not between 2009 and tomorrow (Unix {unit}, or ISO-8601)")
+            counts: Counter[str] = Counter()
+            _, (*kept,) = _clean(cells[:, None], counts)
+            if not kept:
+                fault = next(name for name, count in counts.items() if count and name != "rows")
+                raise ValueError(fault.replace("_", " "))
+            second = int(cells[0]) // UNITS[unit]
+            if second // 60 < last:
+                raise ValueError("out of order")
+        except (ValueError, csv.Error) as error:
+            warn(f"{name}, line {number} is left out: {error}")
+            continue
+        last = second // 60
+        if len(seconds) < STEPS_BEFORE_JUDGED:
+            seconds.append(second)
+            if len(seconds) == STEPS_BEFORE_JUDGED:
+                _check_step(name, np.array(seconds))
+        yield last, kept[0]
 
 
 def fill_missing(bars: Bars, max_gap: int) -> Bars:
@@ -247,6 +303,25 @@ def _read_source(path: Path) -> tuple[Source, np.ndarray, np.ndarray, Counter[st
         )
     _check_step(path, second)
     return Source(path.name, sha256, path.stat().st_size, counts["rows"]), second, np.concatenate(values), counts
+
+
+def _parse_row(line: bytes, width: int, layout: _Layout) -> np.ndarray:
+    """Read one row: float64 ``[6]`` in the order of `COLUMNS`, NaN for an empty cell."""
+    row = next(csv.reader([line.decode("utf-8", "replace")]))
+    if any(map(str.strip, row[width:])):
+        raise ValueError(f"{len(row)} cells under a header of {width} columns")
+    cells = np.full(len(COLUMNS), np.nan)
+    for index, column in enumerate(COLUMNS):
+        cell = row[layout.positions[column]].strip() if layout.positions[column] < len(row) else ""
+        if column == "timestamp" and layout.iso and cell:
+            (cells[index],) = _to_numbers(column, pd.Series([cell]), layout)
+            if np.isnan(cells[index]):
+                raise ValueError(f"{cell[:40]!r} is not an ISO-8601 time")
+        elif not _is_number(cell):
+            raise ValueError(f"{cell[:40]!r} is not a number")
+        else:
+            cells[index] = float(cell or "nan")
+    return cells
 
 
 def _clean(cells: np.ndarray, counts: Counter[str]) -> tuple[np.ndarray, np.ndarray]:

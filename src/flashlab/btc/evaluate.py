@@ -47,7 +47,7 @@ def evaluate(
     Raises:
         UserError: there is no such run, checkpoint or set, or the part has nothing to score.
     """
-    config = _read_config(run)
+    config = read_config(run)
     prepared = open_set(data or config["data"]["path"])
     check_context(prepared, config["data"]["context_length"])
     module = load_forecaster(run / "checkpoints" / checkpoint)
@@ -134,7 +134,12 @@ def _write(run: Path, metrics: dict[str, Any], arrays: dict[str, np.ndarray]) ->
             scores.unlink(missing_ok=True)
 
 
-def _read_config(run: Path) -> dict[str, Any]:
+def read_config(run: Path) -> dict[str, Any]:
+    """Read a run's options.
+
+    Raises:
+        UserError: there is no run, or its config.yaml is damaged.
+    """
     path, remedy = run / "config.yaml", "name a run, such as runs/simulated; `flashlab train` makes them"
     try:
         config = yaml.safe_load(path.read_text())

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from jsonargparse.typing import PositiveInt
 from torch import Tensor, nn
 
-from flashlab.attention import attention
+from flashlab.attention import attention, attention_with_kvcache
 
 OPEN, HIGH, LOW, CLOSE, VOLUME = range(5)
 PRICES = slice(0, 4)
@@ -73,7 +73,8 @@ class LevelFrame(nn.Module):
     """z-scores in, z-scores out.
 
     `encode` turns bars ``[B, S, F]`` into network inputs ``[B, S, I]`` and what `decode` needs beside the network's
-    outputs for a forecast.
+    outputs for a forecast. From position `since` on, that is: what comes before is history, of which a stream has the
+    inputs already.
     """
 
     mean: Tensor
@@ -86,8 +87,8 @@ class LevelFrame(nn.Module):
         self.register_buffer("mean", torch.tensor(mean), persistent=False)
         self.register_buffer("std", torch.tensor(std), persistent=False)
 
-    def encode(self, bars: Tensor) -> tuple[Tensor, Any]:
-        log_bars = to_log_bars(bars)
+    def encode(self, bars: Tensor, since: int = 0) -> tuple[Tensor, Any]:
+        log_bars = to_log_bars(bars[:, since:])
         return (log_bars - self.mean) / self.std, log_bars[..., CLOSE]
 
     def decode(self, outputs: Tensor, last_close: Any) -> Forecast:
@@ -120,7 +121,7 @@ class RelativeFrame(LevelFrame):
     num_mixed = 3 * (1 + len(HALF_LIVES))
     num_outputs = 3 + 2 * num_mixed
 
-    def encode(self, bars: Tensor) -> tuple[Tensor, Past]:
+    def encode(self, bars: Tensor, since: int = 0) -> tuple[Tensor, Past]:
         log_bars = to_log_bars(bars)
         volume = (log_bars[..., VOLUME] - self.mean[VOLUME]) / self.std[VOLUME]
         last_close = torch.cat([log_bars[:, :1, OPEN], log_bars[:, :-1, CLOSE]], dim=1)
@@ -129,7 +130,8 @@ class RelativeFrame(LevelFrame):
         true_range = moves[..., HIGH].clamp(min=0) - moves[..., LOW].clamp(max=0)
 
         past = torch.stack([true_range, up, down, volume], dim=-1)
-        averages = exponential_averages(past, HALF_LIVES)  # [B, S, 4, K]
+        averages = exponential_averages(past, HALF_LIVES, since)  # [B, S, 4, K]
+        bars, log_bars, volume, moves, past = (x[:, since:] for x in (bars, log_bars, volume, moves, past))
         ranges, volumes = averages[..., :3, :], averages[..., 3, :]
         unit = ranges[..., :1, -1].clamp(min=SMALLEST_RANGE)
         inputs = torch.cat(
@@ -183,24 +185,25 @@ class RelativeFrame(LevelFrame):
         return torch.cat([losses[..., :HIGH], ranges, losses[..., CLOSE:]], dim=-1)
 
 
-def exponential_averages(x: Tensor, half_lives: tuple[float, ...]) -> Tensor:
+def exponential_averages(x: Tensor, half_lives: tuple[float, ...], since: int = 0) -> Tensor:
     """Average the past of each position, the present included, with exponentially falling weights.
 
     Args:
         x: ``[B, S, C]``.
         half_lives: positions after which a weight has halved, K of them.
+        since: the first position whose averages are wanted.
 
     Returns:
-        ``[B, S, C, K]``; near the start over what there is, weights summing to 1.
+        ``[B, S - since, C, K]``; near the start over what there is, weights summing to 1.
     """
     batch, length, channels = x.shape
     position = torch.arange(length, device=x.device, dtype=x.dtype)
-    age = position[:, None] - position
+    age = position[since:, None] - position
     half_life = torch.tensor(half_lives, device=x.device, dtype=x.dtype)[:, None, None]
-    weights = torch.where(age >= 0, torch.exp2(-age / half_life), 0.0)  # [K, S, S]
+    weights = torch.where(age >= 0, torch.exp2(-age / half_life), 0.0)  # [K, S - since, S]
     weights = weights / weights.sum(-1, keepdim=True)
     averages = weights.flatten(0, 1) @ x.transpose(0, 1).flatten(1)
-    return averages.view(len(half_lives), length, batch, channels).permute(2, 1, 3, 0)
+    return averages.view(len(half_lives), length - since, batch, channels).permute(2, 1, 3, 0)
 
 
 class Block(nn.Module):
@@ -217,10 +220,16 @@ class Block(nn.Module):
         self.mlp_in = nn.Linear(width, hidden)
         self.mlp_out = nn.Linear(hidden, width)
 
-    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
-        """Map ``[B, S, W]`` to ``[B, S, W]``."""
+    def forward(
+        self, x: Tensor, rotation: tuple[Tensor, Tensor], cache: tuple[Tensor, Tensor, int] | None = None
+    ) -> Tensor:
+        """Map ``[B, S, W]`` to ``[B, S, W]``; with a cache (keys, values, positions so far) go on where it ends."""
         q, k, v = self.qkv(self.attention_norm(x)).unflatten(-1, (3, self.num_heads, -1)).unbind(-3)  # [B, S, H, D]
-        mixed = attention(rotate(q, rotation), rotate(k, rotation), v, backend=self.backend, causal=True)
+        q, k = rotate(q, rotation), rotate(k, rotation)
+        if cache is None:
+            mixed = attention(q, k, v, backend=self.backend, causal=True)
+        else:
+            mixed = attention_with_kvcache(q, *cache, k=k, v=v, backend=self.backend, causal=True)
         x = x + self.attention_out(mixed.flatten(-2))
         return x + self.mlp_out(F.gelu(self.mlp_in(self.mlp_norm(x)), approximate="tanh"))
 

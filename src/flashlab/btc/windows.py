@@ -70,6 +70,30 @@ def scored_windows(
     return np.concatenate(all_starts), np.concatenate(all_firsts)
 
 
+def rolling_windows(runs: np.ndarray, context_length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """List the windows that together forecast the bar after every bar, none of which sees a later one.
+
+    A run's first window begins with it. Once a window holds a whole context, the next begins half a context before its
+    end: so there is always half a context of history, and a stream can go on for ever.
+
+    Args:
+        runs: int64 ``[K, 2]`` as of `bars.segments`.
+        context_length: S.
+
+    Returns:
+        int64 ``[W]`` first rows; int64 ``[W]`` the row after each window, at most S later; int64 ``[W]`` the first row
+        of each whose forecast is not the window before's.
+    """
+    kept = context_length // 2
+    all_windows = []
+    for start, stop in runs:
+        starts = np.append(start, np.arange(start + context_length, stop, context_length - kept) - kept)
+        firsts = np.append(start, starts[1:] + kept)
+        all_windows.append(np.stack([starts, np.minimum(starts + context_length, stop), firsts]))
+    starts, stops, firsts = np.concatenate([*all_windows, np.zeros((3, 0))], axis=1).astype(np.int64)
+    return starts, stops, firsts
+
+
 def overlap(manifest: dict[str, Any]) -> float:
     """Return the share of the test part's bars that also stand in training windows."""
     length = manifest["split"]["context_length"]
