@@ -15,14 +15,15 @@ ARGS ?=
 # Asked once, when it is needed first: by then torch is installed.
 HAS_GPU = $(eval HAS_GPU := $(shell $(BIN)/python -c 'import torch; print("yes" * torch.cuda.is_available())' 2>/dev/null))$(HAS_GPU)
 
-# Images: a host with NVIDIA's driver gets the default variant, any other the CPU's.
-VARIANT ?= $(if $(shell command -v nvidia-smi),cu128-py312,cpu-py312)
+# Images: a host with a GPU of NVIDIA's gets the default variant, any other the CPU's.
+VARIANT ?= $(if $(and $(filter x86_64,$(shell uname -m)),$(shell nvidia-smi -L 2>/dev/null)),cu128-py312,cpu-py312)
 TAG = $(shell sed -n 's/.*name = "$(VARIANT)", tag = "\(.*\)".*/\1/p' docker/docker-bake.hcl)
 WHEEL = $(if $(filter cu%,$(VARIANT)),wheels/$(TAG)/build-info.json)
 BAKE = COMMIT=$$(git rev-parse HEAD 2>/dev/null) docker buildx bake -f docker/docker-bake.hcl
 COMPOSE = FLASHLAB_VARIANT=$(VARIANT) FLASHLAB_TAG=$(TAG) FLASHLAB_UID=$${FLASHLAB_UID:-$$(id -u)} FLASHLAB_GID=$${FLASHLAB_GID:-$$(id -g)} \
   docker compose -f compose.yaml $(if $(filter cpu-%,$(VARIANT)),-f docker/compose.cpu.yaml)
 SERVICE ?= train
+SERVICES = $(shell sed -n '/^services:/,/^volumes:/s/^  \([a-z0-9]*\):$$/\1/p' compose.yaml)
 
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
@@ -36,7 +37,7 @@ ifeq ($(filter data/simulated.csv.gz,$(DATA))$(wildcard $(DATA)),)
 endif
 
 .PHONY: help train check bench test lint format doctor tensorboard data clean clean-all \
-  wheel image dev-image up attach known-variant FORCE
+  wheel image dev-image up down attach known FORCE
 
 help:
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -76,24 +77,28 @@ tensorboard: $(INSTALLED) ## watch the runs at http://127.0.0.1:6006
 
 data: $(SET)/manifest.json ## write the embedded bars, or take DATA, and prepare them
 
-wheel: known-variant $(WHEEL) ## compile flash-attn for VARIANT once, and keep it in wheels/
+wheel: known $(WHEEL) ## compile flash-attn for VARIANT, unless wheels/ has it
+	@$(if $(WHEEL),echo "$(WHEEL:/build-info.json=) has it",echo "make: the CPU has no flash-attn: make wheel VARIANT=cu128-py312" >&2; exit 2)
 
-image: known-variant $(WHEEL) ## build the image of VARIANT; with Docker
+image: known $(WHEEL) ## build the image of VARIANT; with Docker
 	$(if $(WHEEL),WHEELS=wheels )$(BAKE) runtime-$(VARIANT)
 
-dev-image: known-variant $(WHEEL) ## build the image for developers, which the devcontainer takes
+dev-image: known $(WHEEL) ## build the image for developers, which the devcontainer takes
 	$(if $(WHEEL),WHEELS=wheels )$(BAKE) dev-$(VARIANT)
 	docker tag flashlab:$(TAG)-dev flashlab:dev
 
 up: $(if $(filter dev test,$(SERVICE)),dev-image,image) ## build, and run the service SERVICE of compose.yaml on GPU or CPU
-	$(COMPOSE) $(if $(filter dev tensorboard,$(SERVICE)),up --detach,run --rm) $(SERVICE)
+	$(COMPOSE) up $(if $(filter dev tensorboard,$(SERVICE)),--detach,--exit-code-from $(SERVICE)) $(SERVICE)
+
+down: ## stop and remove what `make up` started; data and runs stay
+	$(COMPOSE) --profile more down
 
 attach: dev-image ## start the service dev and attach VS Code to it
 	$(COMPOSE) up --detach dev
 	docker/attach
 
 clean: ## remove the environment and every cache; data and runs stay
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache
 	find src tests -name __pycache__ -prune -exec rm -rf {} +
 
 clean-all: clean ## remove what is in data/, runs/ and wheels/ too
@@ -105,10 +110,11 @@ $(SET)/manifest.json: $(DATA) $(SET).source | $(INSTALLED)
 
 # Memory decides how many compilers run at a time. Hours on a laptop; docs/images.md has a table.
 $(WHEEL):
-	MAX_JOBS=$${MAX_JOBS:-$$(docker/max-jobs --docker)} $(BAKE) wheel-$(VARIANT)
+	jobs=$${MAX_JOBS:-$$(docker/max-jobs --docker)} && MAX_JOBS=$$jobs $(BAKE) wheel-$(VARIANT)
 
-known-variant:
+known:
 	@$(if $(TAG),,echo "make: VARIANT=$(VARIANT): there are cu128-py312, cu130-py312 and cpu-py312" >&2; exit 2)
+	@$(if $(filter $(SERVICE),$(SERVICES)),,echo "make: SERVICE=$(SERVICE): there are $(SERVICES)" >&2; exit 2)
 
 # Two files of one name in two folders share a prepared set: another path prepares it anew.
 $(SET).source: FORCE

@@ -1,10 +1,10 @@
 """Mistakes that are the user's to fix."""
 
 import errno
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from uuid import uuid4
 
 REMEDIES = {
     errno.ENOSPC: "free space there, or choose another folder",
@@ -40,17 +40,26 @@ def writing(path: Path) -> Iterator[None]:
         raise UserError(f"cannot write {path}: {error.strerror}; {remedy}") from error
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all; its folder is made where it is missing.
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Write a file whole or not at all: gives the name to write to, in a folder that is made where it is missing.
+
+    The name is nobody else's; the number of a process would not do, which containers share.
 
     Raises:
         UserError: as of `writing`.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = path.with_name(f".{path.name}.{uuid4().hex}.partial")
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            partial.write_text(text, encoding="utf-8")
+            yield partial
             partial.replace(path)
         finally:
             partial.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text as `replacing` does."""
+    with replacing(path) as partial:
+        partial.write_text(text, encoding="utf-8")

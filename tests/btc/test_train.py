@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from filelock import FileLock
 
 from flashlab.attention.backends import BACKENDS
 from flashlab.btc.module import ForecasterModule, load_forecaster
@@ -241,6 +242,15 @@ def test_a_run_that_was_moved_keeps_its_best(train, reference, tmp_path, monkeyp
     assert train(tmp_path / "there", "--resume") == 0
     assert capsys.readouterr().err == ""
     assert_same(tmp_path / "there", reference)
+
+
+def test_two_do_not_train_one_run(train, stopped, capsys):
+    with FileLock(stopped / ".lock"):
+        assert train(stopped, "--resume") == 2
+    assert capsys.readouterr().err == (
+        f"flashlab: error: {stopped} is being trained by another process; wait for it, or choose another --run\n"
+    )
+    assert train(stopped, "--resume") == 0
 
 
 def test_nothing_is_overwritten_unasked(train, tmp_path, capsys):

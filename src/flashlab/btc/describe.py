@@ -1,6 +1,5 @@
 """Say what a file of minute bars or a prepared set holds."""
 
-import os
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -12,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from flashlab.btc.bars import FEATURES, Bars, read_bars
-from flashlab.errors import UserError, writing
+from flashlab.errors import UserError, replacing
 
 PLOT_FORMATS = (".png", ".svg", ".pdf")
 LARGEST_GAPS = 5
@@ -195,12 +194,8 @@ def _draw(bars: Bars, path: Path, title: str) -> None:
         )
         rhythm.legend()
 
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
-        with writing(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                figure.savefig(temporary, format=path.suffix[1:])
-                temporary.replace(path)
-            finally:
-                temporary.unlink(missing_ok=True)
-                pyplot.close(figure)
+        try:
+            with replacing(path) as partial:
+                figure.savefig(partial, format=path.suffix[1:])
+        finally:
+            pyplot.close(figure)

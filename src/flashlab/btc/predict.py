@@ -24,7 +24,7 @@ from flashlab.btc.module import load_forecaster
 from flashlab.btc.stream import Stream
 from flashlab.btc.train import read_record
 from flashlab.btc.windows import rolling_windows
-from flashlab.errors import UserError, writing
+from flashlab.errors import UserError, replacing
 
 STREAM = Path("-")
 ROW = "%d" + len(FEATURES) * ",%.8g" + "\n"  # a float32 has no more digits
@@ -216,15 +216,8 @@ def _to_rows(model: str, minutes: np.ndarray, log_bars: np.ndarray) -> str:
 @contextmanager
 def _writing_whole(out: Path) -> Iterator[IO[str]]:
     """Open a file, compressed if its name ends in .gz, that is there whole at the end or not at all."""
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.partial")
-    with writing(out):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with ExitStack() as stack:
-                file: Any = stack.enter_context(temporary.open("wb"))
-                if out.suffix == ".gz":  # without name and time in its header: the bytes depend on the forecasts alone
-                    file = stack.enter_context(gzip.GzipFile("", "wb", compresslevel=6, fileobj=file, mtime=0))
-                yield stack.enter_context(io.TextIOWrapper(file, encoding="utf-8", newline=""))
-            temporary.replace(out)
-        finally:
-            temporary.unlink(missing_ok=True)
+    with replacing(out) as partial, ExitStack() as stack:
+        file: Any = stack.enter_context(partial.open("wb"))
+        if out.suffix == ".gz":  # without name and time in its header: the bytes depend on the forecasts alone
+            file = stack.enter_context(gzip.GzipFile("", "wb", compresslevel=6, fileobj=file, mtime=0))
+        yield stack.enter_context(io.TextIOWrapper(file, encoding="utf-8", newline=""))

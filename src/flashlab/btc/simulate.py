@@ -19,14 +19,13 @@ proportional to the volatility per trade).
 """
 
 import gzip
-import os
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from flashlab.btc.bars import HEADER
-from flashlab.errors import UserError, writing
+from flashlab.errors import UserError, replacing
 
 MINUTES_PER_DAY = 24 * 60
 END = pd.Timestamp("2025-01-01", tz="UTC")  # fixed, so that a seed names the same file forever
@@ -65,19 +64,12 @@ def simulate(*, out: Path = Path("data/simulated.csv.gz"), days: int = 120, seed
     if out.is_dir() or not out.name.endswith((".csv", ".csv.gz")):
         raise UserError(f"--out {out}: expected a file, .csv or .csv.gz, such as {Path('data/simulated.csv.gz')}")
     bars = simulate_bars(days, seed)
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.partial")
-    with writing(out):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with temporary.open("wb") as file:
-                if out.suffix == ".gz":  # without name and time in its header: the bytes depend on the bars alone
-                    with gzip.GzipFile("", "wb", compresslevel=6, fileobj=file, mtime=0) as packed:
-                        bars.to_csv(packed, index=False, mode="wb")
-                else:
-                    bars.to_csv(file, index=False, mode="wb")
-            temporary.replace(out)
-        finally:
-            temporary.unlink(missing_ok=True)
+    with replacing(out) as partial, partial.open("wb") as file:
+        if out.suffix == ".gz":  # without name and time in its header: the bytes depend on the bars alone
+            with gzip.GzipFile("", "wb", compresslevel=6, fileobj=file, mtime=0) as packed:
+                bars.to_csv(packed, index=False, mode="wb")
+        else:
+            bars.to_csv(file, index=False, mode="wb")
     print(f"wrote {len(bars):,} bars of {days} days to {out}")
 
 
