@@ -259,18 +259,45 @@ def test_read_only_without_a_folder_to_write_to_is_refused(docker, cpu_image):
 
 @pytest.mark.parametrize(
     ("command", "code"),
-    [(["bash", "-c", "exit 7"], 7), (["python", "-c", "raise SystemExit(3)"], 3), (["bench", "--impl", "None"], 2)],
-    ids=["bash", "python", "flashlab"],
+    [
+        (["bash", "-c", "exit 7"], 7),
+        (["false"], 1),  # which is a word of the shell's as well
+        (["python", "-c", "raise SystemExit(3)"], 3),
+        (["bench", "--impl", "None"], 2),
+    ],
+    ids=["bash", "false", "python", "flashlab"],
 )
 def test_exit_code_passes_through(docker, cpu_image, command, code):
     assert docker("run", "--rm", cpu_image, *command, check=False).returncode == code
 
 
-def test_command_that_is_none_gives_one_line(docker, cpu_image):
-    ran = docker("run", "--rm", "--shm-size=1g", cpu_image, "chekc", check=False)
+@pytest.mark.parametrize("word", ["chekc", "if"])
+def test_command_that_is_none_gives_one_line(docker, cpu_image, word):
+    ran = docker("run", "--rm", "--shm-size=1g", cpu_image, word, check=False)
     assert ran.returncode == 2
     _, line = ran.stderr.splitlines()
-    assert line.startswith("flashlab: error: no command 'chekc'; did you mean `flashlab check`?")
+    assert line.startswith(f"flashlab: error: no command {word!r}; did you mean `flashlab")
+
+
+@pytest.mark.parametrize(
+    ("answer", "code", "complaint"),
+    [
+        (
+            "Failed to initialize NVML: Driver/library version mismatch",
+            18,
+            "nvidia-smi says: Failed to initialize NVML",
+        ),
+        ("No devices were found", 0, "nvidia-smi says: No devices were found"),
+    ],
+)
+def test_what_nvidia_smi_says_is_passed_on(docker, runtime_image, tmp_path, answer, code, complaint):
+    (smi := tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\necho '{answer}'\nexit {code}\n")
+    smi.chmod(0o755)
+    mount = f"--volume={smi}:/usr/local/bin/nvidia-smi:ro"
+    ran = docker("run", "--rm", "--shm-size=1g", mount, runtime_image, "true")
+    first, line = ran.stderr.splitlines()
+    assert "no GPU" in first
+    assert complaint in line
 
 
 # Runs
