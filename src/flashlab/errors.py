@@ -1,10 +1,11 @@
 """Mistakes that are the user's to fix."""
 
 import errno
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from uuid import uuid4
+from socket import gethostname
 
 REMEDIES = {
     errno.ENOSPC: "free space there, or choose another folder",
@@ -44,12 +45,12 @@ def writing(path: Path) -> Iterator[None]:
 def replacing(path: Path) -> Iterator[Path]:
     """Write a file whole or not at all: gives the name to write to, in a folder that is made where it is missing.
 
-    The name is nobody else's; the number of a process would not do, which containers share.
+    The name is nobody else's: containers that share a folder have processes of the same numbers, and names of their own.
 
     Raises:
         UserError: as of `writing`.
     """
-    partial = path.with_name(f".{path.name}.{uuid4().hex}.partial")
+    partial = path.with_name(f".{path.name}.{gethostname()}-{os.getpid()}.partial")
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
