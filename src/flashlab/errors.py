@@ -45,7 +45,7 @@ def writing(path: Path) -> Iterator[None]:
 def replacing(path: Path) -> Iterator[Path]:
     """Write a file whole or not at all: gives the name to write to, in a folder that is made where it is missing.
 
-    The name is nobody else's: containers that share a folder have processes of the same numbers, and names of their own.
+    The name is nobody else's: processes of containers that share a folder may have one number, but not one host name.
 
     Raises:
         UserError: as of `writing`.
