@@ -22,6 +22,7 @@ import pytest
 pytestmark = pytest.mark.docker
 
 ROOT = Path(__file__).parents[2]
+FLASH_ATTN = re.search(r"^flash-attn==(\S+)", (ROOT / "assets/build/flash-attn.lock").read_text(), re.MULTILINE)[1]
 SEMICOLONS = "expected majors joined by semicolons, as in 80;90;100;120"
 
 
@@ -83,13 +84,17 @@ def test_image_refuses_a_user_that_is_root_or_no_number(bake, cpu_image, user, g
     ("files", "complaint"),
     [
         (
-            {"flash_attn-2.whl": "", "build-info.json": '{"torch": "2.10.0"}'},
+            {f"flash_attn-{FLASH_ATTN}-1.whl": "", "build-info.json": '{"torch": "2.10.0"}'},
             "install-wheel: the wheel was compiled against torch 2.10.0, and torch 2.11.0",
+        ),
+        (
+            {"flash_attn-2.7.4-1.whl": "", "build-info.json": '{"torch": "2.11.0"}'},
+            f"install-wheel: flash_attn-2.7.4-1.whl is kept and flash-attn {FLASH_ATTN} is locked",
         ),
         ({"flash_attn-2.whl": ""}, "install-wheel: expected one flash_attn-*.whl and its build-info.json, got: flash_"),
         ({"build-info.json": "{}"}, "install-wheel: expected one flash_attn-*.whl and its build-info.json, got: build"),
     ],
-    ids=["of another torch", "of nobody knows which", "none"],
+    ids=["of another torch", "of another flash-attn", "of nobody knows which", "none"],
 )
 def test_image_refuses_a_wheel(bake, runtime_image, tmp_path, files, complaint):
     (folder := tmp_path / "cu130-pt211-py312").mkdir()
