@@ -7,6 +7,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from socket import gethostname
 
+from filelock import FileLock, Timeout
+
+LOCK = ".lock"
 REMEDIES = {
     errno.ENOSPC: "free space there, or choose another folder",
     errno.EDQUOT: "free space there, or choose another folder",
@@ -58,6 +61,30 @@ def replacing(path: Path) -> Iterator[Path]:
             partial.replace(path)
         finally:
             partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def alone_in(folder: Path, busy: str) -> Iterator[None]:
+    """Make a folder and keep every other process that asks out of it, in other containers too.
+
+    Args:
+        folder: where they write.
+        busy: what to say to the second: a verb, and the remedy.
+
+    Raises:
+        UserError: somebody is there, or as of `writing`.
+    """
+    lock = FileLock(folder / LOCK)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise UserError(f"{folder} {busy}") from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def write_text(path: Path, text: str) -> None:

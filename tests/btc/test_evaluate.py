@@ -23,28 +23,6 @@ TINY = (
 )
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Many threads make small matrices slow, and on a busy machine very slow."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def trained(prepared, tmp_path_factory):
-    run = tmp_path_factory.mktemp("runs") / "trained"
-    assert main(["train", "--data.path", str(prepared), *TINY.split(), "--run", str(run)]) == 0
-    return run
-
-
-@pytest.fixture
-def run(trained, tmp_path):
-    """A copy of the trained run, to do with as one likes."""
-    return Path(shutil.copytree(trained, tmp_path / "run"))
-
-
 def evaluate(run, *options):
     """Evaluate, and return the metrics and the forecasts kept."""
     assert main(["evaluate", str(run), *map(str, options)]) == 0

@@ -35,15 +35,6 @@ CPU_BACKENDS = [name for name, backend in BACKENDS.items() if backend.why_not(ON
 ONES = torch.ones(5)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Many threads make small matrices slow, and on a busy machine very slow."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def market(batch=2, length=48, seed=0):
     """Bars ``[B, S, F]`` of a random walk near 8100, every seventh minute filled."""
     rng = np.random.default_rng(seed)

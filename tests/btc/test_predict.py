@@ -36,15 +36,6 @@ MEAN, STD = [9.0, 9.0, 9.0, 9.0, 2.0], [0.02, 0.02, 0.02, 0.02, 1.0]
 ROUNDING = 4 * 2.0**-20
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Many threads make small matrices slow, and on a busy machine very slow."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request):
     if request.param == "cuda" and not torch.cuda.is_available():
@@ -53,19 +44,6 @@ def device(request):
     torch.set_float32_matmul_precision("highest")  # another test may have left it lower
     yield request.param
     torch.set_float32_matmul_precision(precision)
-
-
-@pytest.fixture(scope="module")
-def trained(prepared, tmp_path_factory):
-    run = tmp_path_factory.mktemp("runs") / "trained"
-    assert main(["train", "--data.path", str(prepared), *TINY.split(), "--run", str(run)]) == 0
-    return run
-
-
-@pytest.fixture
-def run(trained, tmp_path):
-    """A copy of the trained run, to do with as one likes."""
-    return Path(shutil.copytree(trained, tmp_path / "run"))
 
 
 @pytest.fixture

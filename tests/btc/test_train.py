@@ -32,15 +32,6 @@ TINY = (
 )
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Many threads make small matrices slow, and on a busy machine very slow."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture
 def train(prepared):
     """`flashlab train` with the tiny configuration."""

@@ -19,7 +19,6 @@ from types import FrameType
 from typing import Any, Literal, NamedTuple
 
 import torch
-from filelock import FileLock, Timeout
 from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt
 from rich.console import Console
 from rich.markup import escape
@@ -31,11 +30,11 @@ from flashlab.attention.backends import BACKENDS
 from flashlab.bench.case import DTYPES, Case
 from flashlab.bench.flops import PASSES
 from flashlab.bench.measure import METHOD, Row, ceilings, measure, new_row, one_line, rehearse
-from flashlab.errors import UserError, writing
+from flashlab.errors import UserError, alone_in
 from flashlab.machine import provenance, write_result
 from flashlab.worker import Worker, WorkerLost
 
-FILE, LOG, LOCK = "sweep.json", "workers.log", ".lock"
+FILE, LOG = "sweep.json", "workers.log"
 COMPILED = ("flash_attention_4", "flex_attention")  # backends that compile kernels, for seconds each ...
 COMPILED_BY_LENGTH = ("flex_attention",)  # ... and for every length anew
 COMPILE_AT_MOST_S = 300.0
@@ -124,7 +123,7 @@ def sweep(
     cells = expand(grids, place)
     options = {"budget_ms": budget_ms, "min_repeats": min_repeats, "max_repeats": max_repeats}
     config = {"grids": [asdict(grid) for grid in grids], "device": place, **options}
-    with _alone_in(out):
+    with alone_in(out, "is being written by another sweep; wait for it, or choose another --out"):
         return _sweep(_Result(out / FILE, cells, config, resume=resume), _jobs(compile_jobs, place), timeout_s, options)
 
 
@@ -400,22 +399,6 @@ def _progress(console: Console) -> Progress:
     title = TextColumn("{task.description}", table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1))
     counts = BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()
     return Progress(*counts, title, console=console, expand=True)
-
-
-@contextmanager
-def _alone_in(out: Path) -> Iterator[None]:
-    """Create the folder and keep every other sweep out of it."""
-    lock = FileLock(out / LOCK)
-    with writing(out):
-        out.mkdir(parents=True, exist_ok=True)
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            raise UserError(f"{out} is being written by another sweep; wait for it, or choose another --out") from None
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 @contextmanager

@@ -7,13 +7,13 @@ import sys
 import threading
 import time
 import warnings
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 import yaml
-from filelock import FileLock, Timeout
 from jsonargparse.typing import PositiveFloat, PositiveInt, restricted_number_type
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.callbacks import Callback, EarlyStopping
@@ -38,10 +38,9 @@ from flashlab.btc.model import WARM_UP, ModelConfig
 from flashlab.btc.module import BarsDataModule, ForecasterModule, OptimizerConfig, one_line
 from flashlab.btc.prepare import PreparedSet, open_set
 from flashlab.btc.windows import part_windows
-from flashlab.errors import UserError, write_text, writing
+from flashlab.errors import UserError, alone_in, write_text, writing
 from flashlab.machine import git_commit, identify
 
-LOCK = ".lock"
 Section = TypeVar("Section", DataConfig, ModelConfig, OptimizerConfig, "TrainerConfig")
 if TYPE_CHECKING:
     TwoOrMore = int
@@ -163,16 +162,10 @@ def train(
         "trained_on": _fingerprint(prepared),
         "shape": [config["model"], config["optimizer"]],
     }
-    lock = FileLock(run / LOCK)
+    alone = ExitStack()
     if is_first:
-        with writing(run):
-            run.mkdir(parents=True, exist_ok=True)
-            try:
-                lock.acquire(timeout=0)
-            except Timeout:
-                raise UserError(
-                    f"{run} is being trained by another process; wait for it, or choose another --run"
-                ) from None
+        busy = "is being trained by another process; wait for it, or choose another --run"
+        alone.enter_context(alone_in(run, busy))
         write_text(run / "config.yaml", yaml.safe_dump(config, sort_keys=False))
         write_text(record_path, json.dumps(record, indent=1))
 
@@ -228,7 +221,7 @@ def train(
         )
         return 128 + asked if is_first else 0  # Lightning kills the first of several when another ends with a code
     finally:
-        lock.release()
+        alone.close()
         threading.excepthook = hook
         for number, handler in handlers.items():
             signal.signal(number, handler)
