@@ -34,7 +34,7 @@ MAY_IMPORT = {  # part of the package -> the parts it may import
     "doctor": {"machine"},
     "check": {"attention", "errors", "machine", "worker"},
     "bench": {"attention", "errors", "machine", "report", "worker"},
-    "btc": {"attention", "errors", "machine", "report"},
+    "btc": {"attention", "errors", "machine", "report", "worker"},
     "report": {"errors"},
     "results": {"attention", "bench", "btc", "errors", "report"},
     "support": {"attention", "errors", "machine", "results"},

@@ -27,6 +27,7 @@ COMMANDS = {
     "check": ("flashlab.check.check:check", "compare every attention backend with the reference"),
     "backends": ("flashlab.support:backends", "list which backend supports what on this machine, and why not"),
     "bench sweep": ("flashlab.bench.sweep:sweep", "measure attention over lengths, masks and backends"),
+    "bench train": ("flashlab.btc.bench:bench_train", "measure how fast the forecaster trains, loop by loop"),
     "bench": ("flashlab.bench.bench:bench", "measure one attention call, forward and backward"),
     "tune": ("flashlab.bench.tune:tune", "measure this machine once, so that `auto` chooses well on it"),
     "data fetch": ("flashlab.btc.fetch:fetch", "download the public Bitcoin minute bars"),

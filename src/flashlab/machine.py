@@ -51,7 +51,7 @@ def examine(path: Path) -> Facts:
         "flash_attn": _flash_attn,
         "torchvision": _torchvision,
         "cpu": _cpu,
-        "memory": _memory,
+        "memory": memory,
         "shm": _shm,
         "disk": lambda: _disk(path),
         "caches": _caches,
@@ -268,19 +268,20 @@ def _cpu() -> Facts:
     return {"model": model, "cores": cores, "usable_cores": max(1, int(min(limits)))}
 
 
-def _memory() -> Facts:
+def memory() -> Facts:
+    """Return the memory of this machine, what of it a process may use, and what is free, in GiB."""
     import psutil
 
-    memory = psutil.virtual_memory()
-    limits = [memory.total]
+    virtual = psutil.virtual_memory()
+    limits = [virtual.total]
     with suppress(OSError):
         files = _control_group("memory", "memory.max") + _control_group("memory", "memory.limit_in_bytes")
         limits += [int(limit) for (limit,) in files if limit != "max"]
     usable = min(limits)
     return {
-        "total_gib": round(memory.total / GIB, 1),
+        "total_gib": round(virtual.total / GIB, 1),
         "usable_gib": round(usable / GIB, 1),
-        "available_gib": round(min(memory.available, usable) / GIB, 1),
+        "available_gib": round(min(virtual.available, usable) / GIB, 1),
     }
 
 

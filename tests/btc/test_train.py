@@ -506,22 +506,12 @@ def flashlab(*arguments):
 
 
 @pytest.mark.slow
-def test_two_processes_train_as_one_with_twice_the_batch(train, bars_csv, tmp_path):
-    """With rows as they come, since a process averages over the bars that count in its own half of the batch."""
-    prepare([bars_csv], out=tmp_path / "set", context_length=32, missing="raw")
-    options = ["--data.path", str(tmp_path / "set"), "--optimizer.lr", "0.003"]
+def test_two_processes_train_as_one_with_twice_the_batch(train, prepared, tmp_path):
+    """Filled minutes count in neither half of the batch, and the halves have different numbers of them."""
+    options = ["--optimizer.lr", "0.003"]
     assert train(tmp_path / "one", *options, "--data.batch_size", "8") == 0
-    two = [
-        "--data.path",
-        str(tmp_path / "set"),
-        *TINY.split(),
-        *options,
-        "--trainer.devices",
-        "2",
-        "--run",
-        tmp_path / "two",
-    ]
-    process = flashlab("train", *two)
+    together = ["--data.path", prepared, *TINY.split(), *options, "--trainer.devices", "2", "--run", tmp_path / "two"]
+    process = flashlab("train", *together)
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
     assert out.count("22 steps") == 2  # one of them speaks
@@ -530,6 +520,24 @@ def test_two_processes_train_as_one_with_twice_the_batch(train, bars_csv, tmp_pa
         torch.testing.assert_close(two[name]["state_dict"], one[name]["state_dict"], rtol=0, atol=2e-5)
     losses = [read_curves(tmp_path / run)["val/loss"][1] for run in ("one", "two")]
     np.testing.assert_allclose(*losses, rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_another_number_of_processes(train, prepared, tmp_path, monkeypatch):
+    """Every window comes once in an epoch all the same: as many steps of 8, by two processes of 4 or one of 8."""
+    options = ["--optimizer.lr", "0.003", "--trainer.max_steps", "200", "--trainer.early_stopping_patience", "99"]
+    assert train(tmp_path / "one", *options, "--data.batch_size", "8") == 0
+    run = tmp_path / "run"
+    together = ["--data.path", prepared, *TINY.split(), *options, "--trainer.devices", "2", "--run", run]
+    process = flashlab("train", *together)
+    next(line for line in process.stdout if line.startswith("step "))
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 143, err
+    assert 0 < load_all(run)["last.ckpt"]["global_step"] < 200
+    assert train(run, *options, "--data.batch_size", "8", "--resume") == 0
+    for name, expected in load_all(tmp_path / "one").items():
+        torch.testing.assert_close(load_all(run)[name]["state_dict"], expected["state_dict"], rtol=0, atol=1e-4)
 
 
 @pytest.mark.slow

@@ -5,7 +5,8 @@ import os
 import signal
 from datetime import timedelta
 from pathlib import Path
-from time import monotonic
+from statistics import fmean
+from time import monotonic, perf_counter
 from types import FrameType
 from typing import Any
 
@@ -25,11 +26,30 @@ class AverageWeights(WeightAveraging):
     """Keep an exponential moving average of the weights, which is validated, checkpointed and evaluated."""
 
     def __init__(self, decay: float) -> None:
-        def average(averaged: list[Tensor], current: list[Tensor], num_averaged: Tensor | int) -> None:
-            n = int(num_averaged)  # early on the average is over fewer steps: the first weights are soon forgotten
-            torch._foreach_lerp_(averaged, current, 1 - min(decay, (1 + n) / (10 + n)))
+        super().__init__(use_buffers=False)
+        self.decay = decay
 
-        super().__init__(use_buffers=False, multi_avg_fn=average)
+    @torch.no_grad()
+    def update(self, pl_module: LightningModule) -> None:
+        """Take the weights of one more step into the average, without the host's looking at a number."""
+        assert self._average_model is not None
+        n = self._average_model.n_averaged
+        # Early on the average is over fewer steps: the first weights are soon forgotten.
+        weight = torch.where(n == 0, 1.0, 1 - ((1 + n) / (10 + n)).clamp(max=self.decay))
+        averaged: list[Tensor] = list(self._average_model.module.parameters())
+        current: list[Tensor] = list(pl_module.parameters())
+        change = list(torch._foreach_sub(current, averaged))
+        torch._foreach_mul_(change, weight)
+        torch._foreach_add_(averaged, change)
+        n += 1
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        if not pl_module.captured:  # else the captured step has done it
+            self.update(pl_module)
+        self._latest_update_step = trainer.global_step
+
+    def on_train_epoch_end(self, *args: Any) -> None:
+        """Leave the average as it is: the one epoch is the run."""
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leave the model as it is: checkpoints hold the average."""
@@ -74,6 +94,50 @@ class ProgressLines(Callback):
             print(f"step {step:,} of {trainer.max_steps:,}{self._validated}, {left} left", flush=True)
 
 
+class Speed(Callback):
+    """Log how many bars a second are trained on.
+
+    Measured from one logged step to the next, at which values are read and the GPU has caught up. Writing checkpoints
+    and logs counts; validating does not, nor what comes before the second logged step, such as compiling.
+
+    Args:
+        bars_per_step: of all processes.
+        skip: steps that are not measured, beside these.
+    """
+
+    def __init__(self, bars_per_step: int, skip: int = 0) -> None:
+        self.bars_per_step, self.skip = bars_per_step, skip
+        self.ms_per_step: list[float] = []
+        self._since: tuple[int, float] | None = None
+
+    def on_train_start(self, trainer: Trainer, *args: Any) -> None:
+        self._first = trainer.global_step + self.skip
+
+    def on_validation_start(self, *args: Any) -> None:
+        self._since = None
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        step = trainer.global_step
+        if step < self._first or step % trainer.log_every_n_steps:  # type: ignore[attr-defined]
+            return
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        now = perf_counter()
+        if self._since is not None:
+            since, then = self._since
+            ms = 1e3 * (now - then) / (step - since)
+            self.ms_per_step.append(ms)
+            pl_module.log("train/bars_per_s", 1e3 * self.bars_per_step / ms)
+        self._since = step, now
+
+    def summary(self) -> dict[str, float]:
+        """Return milliseconds a step and bars a second, or nothing where too few steps were logged."""
+        if len(self.ms_per_step) < 2:
+            return {}
+        ms = fmean(self.ms_per_step[1:])
+        return {"ms_per_step": round(ms, 4), "bars_per_s": round(1e3 * self.bars_per_step / ms)}
+
+
 class Stopped(Exception):  # noqa: N818 - not an error
     """A signal asked training to stop, and the checkpoint is written."""
 
@@ -106,9 +170,12 @@ class Checkpoints(Callback):
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         step = trainer.global_step
         validates = step % trainer.val_check_interval == 0
-        stop = trainer.strategy.reduce_boolean_decision(self.signal is not None, all=False)  # the ranks stop together
+        logs = step % trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
+        stop = self.signal is not None
+        if trainer.world_size > 1:  # they stop together; asking each other at every step would hold the GPUs up
+            stop = (logs or validates) and trainer.strategy.reduce_boolean_decision(stop, all=False)
         save = (stop or step - self._saved_at >= self.every_n_steps) and not validates and step < trainer.max_steps
-        if save or validates or step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+        if save or validates or logs:
             self._require_finite(trainer, pl_module)
         if save:
             self._save(trainer)

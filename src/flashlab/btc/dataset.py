@@ -5,6 +5,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import lru_cache
 from multiprocessing.util import Finalize
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -32,7 +33,8 @@ class DataConfig:
         stride: bars from one training window to the next (a set split by --split seed has its own).
         batch_size: windows per step and GPU.
         mirror: also train on every window quoted the other way round (bitcoin per dollar), where rises are falls.
-        stream: fetch windows from the stored chunks as they are needed, rather than hold the whole series in memory.
+        stream: fetch windows from the stored chunks as they are needed, rather than hold the whole series in memory;
+            auto does where it would take more than half of the memory that is free.
         num_workers: processes that load windows; memory needs none.
     """
 
@@ -41,7 +43,7 @@ class DataConfig:
     stride: PositiveInt = 128
     batch_size: PositiveInt = 32
     mirror: bool = True
-    stream: bool = False
+    stream: bool | Literal["auto"] = "auto"
     num_workers: NonNegativeInt = 0
 
 
@@ -81,10 +83,25 @@ class Windows(Dataset[Tensor]):
             self._read = _from_chunks(self._prepared)
         mirrored, number = np.divmod(np.asarray(indices), len(self.starts))
         windows = self._read(self.starts[number], self.length)
-        if mirrored.any():
-            of = torch.from_numpy(mirrored.astype(bool))
-            windows[of] = torch.cat([1 / windows[of][..., MIRROR_ORDER], windows[of][..., VOLUME:]], dim=-1)
-        return windows
+        return mirror_windows(windows, torch.from_numpy(mirrored)) if mirrored.any() else windows
+
+    def resident(self, device: torch.device) -> Callable[[Tensor], Tensor]:
+        """Copy the series to a device, and return what reads there: item numbers ``[B]`` to ``[B, S + 1, 5]``."""
+        series = torch.from_numpy(self._prepared.bars().values).to(device)
+        starts = torch.from_numpy(self.starts).to(device)
+        position = torch.arange(self.length, device=device)
+
+        def read(items: Tensor) -> Tensor:
+            windows = series[starts[items % len(starts)][:, None] + position]
+            return mirror_windows(windows, items // len(starts)) if self.mirror else windows
+
+        return read
+
+
+def mirror_windows(windows: Tensor, mirrored: Tensor) -> Tensor:
+    """Quote some windows ``[B, S, 5]`` the other way round: those whose ``mirrored [B]`` is not 0."""
+    other = torch.cat([1 / windows[..., MIRROR_ORDER], windows[..., VOLUME:]], dim=-1)
+    return torch.where(mirrored[:, None, None] != 0, other, windows)
 
 
 def _from_memory(prepared: PreparedSet) -> ReadWindows:
@@ -120,7 +137,7 @@ class EndlessBatches(Sampler[list[int]]):
 
     Epoch e is a permutation of the items drawn from (seed, e). Step t takes the next ``batch_size * world_size`` items,
     of which every rank has its own slice: together the ranks see what one rank with the whole batch would see, whatever
-    the loader's workers. Training is resumed by starting at a later step.
+    the loader's workers. Training is resumed by starting at a later step and item, on as many ranks as there are then.
 
     Args:
         num_items: length of the data set.
@@ -130,6 +147,7 @@ class EndlessBatches(Sampler[list[int]]):
         rank: of this process among the world_size that train together.
         world_size: how many train together.
         start_step: steps that were done before.
+        start_item: items that they took; by default, as many as steps of this size take.
     """
 
     def __init__(
@@ -142,9 +160,11 @@ class EndlessBatches(Sampler[list[int]]):
         rank: int = 0,
         world_size: int = 1,
         start_step: int = 0,
+        start_item: int | None = None,
     ) -> None:
         self.num_items, self.batch_size, self.num_steps = num_items, batch_size, num_steps
         self.seed, self.rank, self.world_size, self.start_step = seed, rank, world_size, start_step
+        self.start_item = start_step * batch_size * world_size if start_item is None else start_item
 
     def __len__(self) -> int:
         """Return the steps of the whole run: what came before a resumed start counts."""
@@ -156,7 +176,7 @@ class EndlessBatches(Sampler[list[int]]):
             return np.random.default_rng((self.seed, epoch)).permutation(self.num_items)
 
         for step in range(self.start_step, self.num_steps):
-            first = (step * self.world_size + self.rank) * self.batch_size
+            first = self.start_item + ((step - self.start_step) * self.world_size + self.rank) * self.batch_size
             epochs, positions = np.divmod(np.arange(first, first + self.batch_size), self.num_items)
             yield [
                 int(order(epoch)[position]) for epoch, position in zip(epochs.tolist(), positions.tolist(), strict=True)
@@ -175,19 +195,19 @@ class Loader(DataLoader[Tensor]):
 
 
 def loader(
-    windows: Windows,
+    windows: Any,
     batches: Sampler[list[int]] | None = None,
     *,
     batch_size: int = 32,
     num_workers: int = 0,
     pin_memory: bool = False,
 ) -> Loader:
-    """Load windows in the given batches, or all of them once in their order."""
+    """Load `Windows`, or a range of their numbers, in the given batches, or all of them once in their order."""
     sampling = {"batch_sampler": batches} if batches is not None else {"batch_size": batch_size}
     return Loader(
         windows,
         num_workers=num_workers,
-        collate_fn=default_convert,
+        collate_fn=torch.tensor if isinstance(windows, range) else default_convert,
         pin_memory=pin_memory,
         **sampling,
     )

@@ -117,9 +117,14 @@ class RelativeFrame(LevelFrame):
     Volume is a recent average plus a change.
     """
 
+    betas: Tensor
     num_inputs = 6 + 2 * (len(HALF_LIVES) - 1)
     num_mixed = 3 * (1 + len(HALF_LIVES))
     num_outputs = 3 + 2 * num_mixed
+
+    def __init__(self, mean: list[float], std: list[float]) -> None:
+        super().__init__(mean, std)
+        self.register_buffer("betas", torch.tensor(SMOOTH_L1_BETAS), persistent=False)
 
     def encode(self, bars: Tensor, since: int = 0) -> tuple[Tensor, Past]:
         log_bars = to_log_bars(bars)
@@ -173,11 +178,10 @@ class RelativeFrame(LevelFrame):
         Source: Patton (2011), "Volatility forecast comparison using imperfect volatility proxies" (QLIKE).
         """
         error = ((forecast.log_bars - target) / forecast.unit).abs()
-        beta = torch.tensor(SMOOTH_L1_BETAS, device=error.device)
-        losses = torch.where(error < beta, error.square() / (2 * beta), error - beta / 2)
-        side = torch.tensor([1.0, -1.0], device=error.device)
+        losses = torch.where(error < self.betas, error.square() / (2 * self.betas), error - self.betas / 2)
         from_close = [
-            (bars[..., HIGH : LOW + 1] - forecast.last_close[..., None]) * side for bars in (forecast.log_bars, target)
+            torch.stack([bars[..., HIGH] - forecast.last_close, forecast.last_close - bars[..., LOW]], dim=-1)
+            for bars in (forecast.log_bars, target)
         ]
         mean, actual = ((move / forecast.unit[..., HIGH : LOW + 1]) for move in from_close)
         mean = mean.clamp(min=1e-3)
@@ -197,13 +201,21 @@ def exponential_averages(x: Tensor, half_lives: tuple[float, ...], since: int = 
         ``[B, S - since, C, K]``; near the start over what there is, weights summing to 1.
     """
     batch, length, channels = x.shape
-    position = torch.arange(length, device=x.device, dtype=x.dtype)
-    age = position[since:, None] - position
-    half_life = torch.tensor(half_lives, device=x.device, dtype=x.dtype)[:, None, None]
-    weights = torch.where(age >= 0, torch.exp2(-age / half_life), 0.0)  # [K, S - since, S]
-    weights = weights / weights.sum(-1, keepdim=True)
+    weights = averaging_weights(length, half_lives, since, x.dtype, x.device)
     averages = weights.flatten(0, 1) @ x.transpose(0, 1).flatten(1)
     return averages.view(len(half_lives), length - since, batch, channels).permute(2, 1, 3, 0)
+
+
+@torch.compiler.assume_constant_result  # a compiled step holds the table, instead of making it anew
+def averaging_weights(
+    length: int, half_lives: tuple[float, ...], since: int, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """Return the weights ``[K, S - since, S]`` of `exponential_averages`."""
+    position = torch.arange(length, device=device, dtype=dtype)
+    age = position[since:, None] - position
+    half_life = torch.tensor(half_lives, device=device, dtype=dtype)[:, None, None]
+    weights = torch.where(age >= 0, torch.exp2(-age / half_life), 0.0)
+    return weights / weights.sum(-1, keepdim=True)
 
 
 class Block(nn.Module):
@@ -220,9 +232,7 @@ class Block(nn.Module):
         self.mlp_in = nn.Linear(width, hidden)
         self.mlp_out = nn.Linear(hidden, width)
 
-    def forward(
-        self, x: Tensor, rotation: tuple[Tensor, Tensor], cache: tuple[Tensor, Tensor, int] | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, rotation: Tensor, cache: tuple[Tensor, Tensor, int] | None = None) -> Tensor:
         """Map ``[B, S, W]`` to ``[B, S, W]``; with a cache (keys, values, positions so far) go on where it ends."""
         q, k, v = self.qkv(self.attention_norm(x)).unflatten(-1, (3, self.num_heads, -1)).unbind(-3)  # [B, S, H, D]
         q, k = rotate(q, rotation), rotate(k, rotation)
@@ -234,19 +244,20 @@ class Block(nn.Module):
         return x + self.mlp_out(F.gelu(self.mlp_in(self.mlp_norm(x)), approximate="tanh"))
 
 
-def rotation_angles(length: int, head_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return cosine and sine ``[S, 1, D / 2]`` of the rotary angles.
+@torch.compiler.assume_constant_result  # likewise; sines of thousands cost more than the attention that needs them
+def rotation_angles(length: int, head_dim: int, device: torch.device) -> Tensor:
+    """Return cosine and sine ``[2, S, 1, D / 2]`` of the rotary angles.
 
     Source: Su et al. (2021), "RoFormer: Enhanced Transformer with Rotary Position Embedding".
     """
     frequency = 10_000.0 ** (-torch.arange(0, head_dim, 2, device=device) / head_dim)
     angle = torch.arange(length, device=device)[:, None, None] * frequency
-    return angle.cos(), angle.sin()
+    return torch.stack([angle.cos(), angle.sin()])
 
 
-def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+def rotate(x: Tensor, rotation: Tensor) -> Tensor:
     """Apply rotary positions to ``[B, S, H, D]``, dimension i paired with i + D / 2."""
-    cos, sin = rotation
+    cos, sin = rotation.unbind()
     first, second = x.float().chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
 
@@ -290,20 +301,23 @@ class Forecaster(nn.Module):
             x = block(x, rotation)
         return self.frame.decode(self.output(self.norm(x)).float(), past)
 
-    def loss(self, bars: Tensor, weights: Tensor, mask_filled: bool) -> Tensor:
-        """Average the loss of the forecasts of bars 2 to S + 1 over the bars that count.
+    def loss(self, bars: Tensor, weights: Tensor, mask_filled: bool) -> tuple[Tensor, Tensor]:
+        """Add up the loss of the forecasts of bars 2 to S + 1 over the bars that count.
 
         Args:
             bars: ``[B, S + 1, F]``.
             weights: of the features, ``[F]``.
             mask_filled: leave filled minutes out.
+
+        Returns:
+            The sum of the losses, and how many bars count, at least 1.
         """
         forecast = self(bars[:, :-1])
         counts = bars[:, 1:, VOLUME].isfinite() | (not mask_filled)
         with torch.autocast(bars.device.type, enabled=False):
             counts &= bars[:, :-1, VOLUME].isfinite().cumsum(1) >= WARM_UP
             losses = (self.frame.loss(forecast, to_log_bars(bars[:, 1:])) * weights).sum(-1)
-            return torch.where(counts, losses, 0.0).sum() / counts.sum().clamp(min=1)
+            return torch.where(counts, losses, 0.0).sum(), counts.sum().clamp(min=1).to(losses.dtype)
 
 
 FRAMES = {"level": LevelFrame, "relative": RelativeFrame}

@@ -1,6 +1,5 @@
 """The forecaster as Lightning trains it: loss, optimiser and schedules, and the data it is fed."""
 
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,10 +12,12 @@ from jsonargparse.typing import (
     PositiveFloat,
     restricted_number_type,
 )
-from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from flashlab.btc.callbacks import AverageWeights
+from flashlab.btc.captured import CapturedStep, mean_over_processes
 from flashlab.btc.dataset import DataConfig, EndlessBatches, Windows, loader
 from flashlab.btc.model import Forecaster, ModelConfig
 from flashlab.btc.prepare import PreparedSet
@@ -74,19 +75,62 @@ class ForecasterModule(LightningModule):
         self.config = OptimizerConfig(**optimizer)
         self.mask_filled = mask_filled
         self.register_buffer("loss_weights", torch.tensor(self.config.loss_weights), persistent=False)
-        self._last_log = (0, 0.0)
+        self.captured = False  # whether steps are recorded and replayed; of a machine, not of what is trained
+        self._step: CapturedStep | None = None
 
-    def _loss(self, bars: Tensor) -> Tensor:
+    def loss(self, bars: Tensor) -> tuple[Tensor, Tensor]:
+        """Add up the loss over the bars ``[B, S + 1, 5]`` that count, and count them."""
         return self.forecaster.loss(bars, self.loss_weights, self.mask_filled)
 
-    def training_step(self, bars: Tensor) -> Tensor:
-        loss = self._loss(bars)
-        self.log("train/loss", loss, prog_bar=True)
-        self._log_speed(bars)
+    def on_train_start(self) -> None:
+        optimizer, data = self.trainer.optimizers[0], self.trainer.datamodule  # type: ignore[attr-defined]
+        for group in optimizer.param_groups:
+            group["capturable"] = self.captured  # whatever the checkpoint was written with
+        if self.captured:
+            read = data.train_windows.resident(self.device) if data.resident else None
+            average = next((x for x in self.trainer.callbacks if isinstance(x, AverageWeights)), None)  # type: ignore[attr-defined]
+            self._step = CapturedStep(
+                lambda batch: self.loss(read(batch) if read else batch),
+                optimizer,
+                self.trainer.gradient_clip_val or float("inf"),
+                torch.bfloat16 if self.trainer.precision == "bf16-mixed" else None,
+                (lambda: average.update(self)) if average else None,
+            )
+
+    def training_step(self, batch: Tensor) -> Tensor:
+        logs = (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
+        if self._step is not None:
+            self._step(batch)
+            loss = self._step.loss
+            if logs:
+                self.log("train/grad_norm", self._step.gradient_norm)
+        else:
+            total, count = self.loss(batch)
+            loss = total / mean_over_processes(count)
+        if logs:
+            self.log("train/loss", loss.detach(), prog_bar=True)
+            self.log("train/lr", self.trainer.optimizers[0].param_groups[0]["lr"])
         return loss
 
     def validation_step(self, bars: Tensor) -> None:
-        self.log("val/loss", self._loss(bars), prog_bar=True, batch_size=len(bars), sync_dist=True)
+        total, count = self.loss(bars)
+        self.log("val/loss", total / count, prog_bar=True, batch_size=len(bars), sync_dist=True)
+
+    # The captured step has done all this when `training_step` returns.
+
+    def backward(self, loss: Tensor) -> None:
+        if self._step is None:
+            loss.backward()
+
+    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Any) -> None:
+        if self._step is None:
+            optimizer.zero_grad()
+
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+        if self._step is None:
+            optimizer.step(optimizer_closure)
+        else:
+            optimizer_closure()
 
     def configure_gradient_clipping(
         self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
@@ -94,14 +138,18 @@ class ForecasterModule(LightningModule):
         norm = torch.nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val or float("inf"))
         self.log("train/grad_norm", norm)
 
-    def configure_optimizers(self) -> Any:
+    def make_optimizer(self) -> torch.optim.Optimizer:
+        """Return AdamW over the parameters."""
         matrices = [parameter for parameter in self.parameters() if parameter.ndim > 1]
         vectors = [parameter for parameter in self.parameters() if parameter.ndim < 2]
         groups = [
             {"params": matrices, "weight_decay": self.config.weight_decay},
             {"params": vectors, "weight_decay": 0.0},
         ]
-        optimizer = torch.optim.AdamW(groups, lr=self.config.lr, betas=self.config.betas, fused=True)
+        return torch.optim.AdamW(groups, lr=self.config.lr, betas=self.config.betas, fused=True)
+
+    def configure_optimizers(self) -> Any:
+        optimizer = self.make_optimizer()
         schedules: list[dict[str, Any]] = []
         if self.config.warmup_steps:
             warmup = torch.optim.lr_scheduler.LinearLR(optimizer, 1e-2, total_iters=self.config.warmup_steps)
@@ -113,51 +161,70 @@ class ForecasterModule(LightningModule):
         schedules.append({"scheduler": plateau, "interval": "step", "frequency": every, "monitor": "val/loss"})
         return [optimizer], schedules
 
-    def _log_speed(self, bars: Tensor) -> None:
-        step, now = self.trainer.global_step, time.perf_counter()
-        if step % self.trainer.log_every_n_steps:  # type: ignore[attr-defined]
-            return
-        last_step, last_time = self._last_log
-        if step > last_step > 0:
-            bars_per_s = (step - last_step) * bars.shape[0] * (bars.shape[1] - 1) / (now - last_time)
-            self.log("train/bars_per_s", bars_per_s * self.trainer.world_size)
-        self.log("train/lr", self.trainer.optimizers[0].param_groups[0]["lr"])
-        self._last_log = (step, now)
-
 
 class BarsDataModule(LightningDataModule):
-    """Training and validation windows of a prepared set, resumed at the step that training has reached."""
+    """Training and validation windows of a prepared set, resumed at the step and window that training has reached.
 
-    def __init__(self, prepared: PreparedSet, config: DataConfig, max_steps: int, seed: int) -> None:
+    Args:
+        prepared: the set.
+        config: how it is cut into batches; `stream` decided.
+        max_steps: of the whole run.
+        seed: of the order.
+        resident: give the numbers of windows, to be read where the series lies on the GPU, instead of the windows.
+    """
+
+    def __init__(
+        self, prepared: PreparedSet, config: DataConfig, max_steps: int, seed: int, *, resident: bool = False
+    ) -> None:
         super().__init__()
-        self.config, self.max_steps, self.seed = config, max_steps, seed
+        self.config, self.max_steps, self.seed, self.resident = config, max_steps, seed, resident
+        self._began = {"step": 0, "item": 0}
         self.train_windows, self.val_windows = (
             Windows(
                 prepared,
                 part_windows(prepared.manifest, part, config.context_length, stride),
                 config.context_length,
                 mirror=mirror,
-                stream=config.stream,
+                stream=bool(config.stream),
             )
             for part, stride, mirror in (("train", config.stride, config.mirror), ("validation", None, False))
         )
 
     def train_dataloader(self) -> DataLoader[Tensor]:
-        assert self.trainer is not None
         windows = self.train_windows
         batches = EndlessBatches(
             len(windows),
             self.config.batch_size,
             self.max_steps,
             seed=self.seed,
-            rank=self.trainer.global_rank,
-            world_size=self.trainer.world_size,
-            start_step=self.trainer.global_step,
+            rank=self._trainer.global_rank,
+            world_size=self._trainer.world_size,
+            start_step=self._began["step"],
+            start_item=self._began["item"],
         )
-        return loader(windows, batches, num_workers=self.config.num_workers, pin_memory=torch.cuda.is_available())
+        return loader(
+            range(len(windows)) if self.resident else windows,
+            batches,
+            num_workers=0 if self.resident else self.config.num_workers,
+            pin_memory=torch.cuda.is_available(),
+        )
 
     def val_dataloader(self) -> DataLoader[Tensor]:
         return loader(self.val_windows, batch_size=self.config.batch_size)
+
+    @property
+    def _trainer(self) -> Trainer:
+        assert self.trainer is not None
+        return self.trainer
+
+    def state_dict(self) -> dict[str, int]:
+        """Say how far the windows were dealt out: by how many processes may be another thing each time."""
+        step = self._trainer.global_step
+        dealt = (step - self._began["step"]) * self.config.batch_size * self._trainer.world_size
+        return {"step": step, "item": self._began["item"] + dealt}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        self._began = state_dict
 
 
 def load_forecaster(path: Path) -> ForecasterModule:

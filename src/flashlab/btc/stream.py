@@ -61,8 +61,8 @@ class Stream:
         """Run the forecaster over the window's bars from `known` on: `Forecaster.forward` with caches."""
         model = self.forecaster
         inputs, past = model.frame.encode(self.bars[:, : self.length], known)
-        cos, sin = (angles[known : self.length] for angles in self.rotation)
+        rotation = self.rotation[:, known : self.length]
         x = model.input(inputs)
         for block, (keys, values) in zip(model.blocks, self.caches, strict=True):
-            x = block(x, (cos, sin), (keys, values, known))
+            x = block(x, rotation, (keys, values, known))
         return model.frame.decode(model.output(model.norm(x)), past).log_bars[0, -1].double().cpu().numpy()

@@ -2,13 +2,15 @@
 
 import json
 import logging
+import os
+import shutil
 import signal
 import sys
 import threading
 import time
 import warnings
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -31,15 +33,18 @@ from flashlab.btc.callbacks import (
     Checkpoints,
     Progress,
     ProgressLines,
+    Speed,
     Stopped,
 )
+from flashlab.btc.captured import Replicas
 from flashlab.btc.dataset import DataConfig
 from flashlab.btc.model import WARM_UP, ModelConfig
 from flashlab.btc.module import BarsDataModule, ForecasterModule, OptimizerConfig, one_line
-from flashlab.btc.prepare import PreparedSet, open_set
+from flashlab.btc.prepare import BAR_BYTES, PreparedSet, open_set
+from flashlab.btc.profile import FIRST_STEP, STEPS, Profile
 from flashlab.btc.windows import part_windows
 from flashlab.errors import UserError, alone_in, write_text, writing
-from flashlab.machine import git_commit, identify
+from flashlab.machine import git_commit, identify, memory
 
 Section = TypeVar("Section", DataConfig, ModelConfig, OptimizerConfig, "TrainerConfig")
 if TYPE_CHECKING:
@@ -65,6 +70,9 @@ class TrainerConfig:
         devices: how many GPUs, or processes on the CPU.
         num_nodes: how many machines.
         precision: of Lightning; auto is bf16-mixed on a GPU and 32-true on a CPU.
+        step: captured compiles the step and replays it as one CUDA graph; plain lets the host launch its kernels one by
+            one, and is all that a CPU can do; auto is captured on a GPU.
+        profile: write a profile of some steps into the run folder: what the kernels are, and how long each takes.
     """
 
     max_steps: PositiveInt = 3000
@@ -77,6 +85,8 @@ class TrainerConfig:
     devices: PositiveInt = 1
     num_nodes: PositiveInt = 1
     precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed"] = "auto"
+    step: Literal["auto", "captured", "plain"] = "auto"
+    profile: bool = False
 
 
 def train(
@@ -136,19 +146,17 @@ def train(
     check_context(prepared, data.context_length)
     _check(prepared, data, model)
     backend = _resolve_backend(model, data, accelerator, precision)
-    datamodule = BarsDataModule(prepared, data, trainer.max_steps, seed)
+    captured, why_plain = _choose_step(trainer, accelerator, precision)
+    data, where = _choose_place(prepared, data, accelerator, captured)
+    resident = captured and not data.stream
+    datamodule = BarsDataModule(prepared, data, trainer.max_steps, seed, resident=resident)
 
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", ".*isinstance.treespec, LeafSpec.*")  # between Lightning and torch
     torch.set_float32_matmul_precision("high")
     seed_everything(seed, workers=True, verbose=False)
-    module = ForecasterModule(
-        config["model"],
-        config["optimizer"],
-        prepared.scaler.mean,
-        prepared.scaler.std,
-        prepared.manifest["missing"]["mask_filled"],
-    )
+    module = make_module(config, prepared)
+    module.captured = captured
     for block in module.forecaster.blocks:
         block.backend = backend  # type: ignore[assignment]
     checkpoint = _last_good_checkpoint(run, module) if resume else None
@@ -173,14 +181,20 @@ def train(
     best, early_stopping = BestCheckpoint(run), EarlyStopping("val/loss", patience=trainer.early_stopping_patience)
     has_bar = sys.stdout.isatty()
     progress = Progress(refresh_rate=trainer.log_every_n_steps) if has_bar else ProgressLines()
-    callbacks: list[Callback] = [best, progress]
+    world_size = trainer.devices * trainer.num_nodes
+    skipped = FIRST_STEP + STEPS if trainer.profile else 0
+    speed = Speed(data.batch_size * data.context_length * world_size, skipped)
+    callbacks: list[Callback] = [best, progress, speed]
     if optimizer.average_decay:
         callbacks.append(AverageWeights(optimizer.average_decay))
     callbacks += [early_stopping, checkpoints]
+    if trainer.profile:
+        callbacks.append(Profile(run))
     lightning = Trainer(
         accelerator=accelerator,
         devices=trainer.devices,
         num_nodes=trainer.num_nodes,
+        strategy=Replicas() if captured and world_size > 1 else "auto",
         precision=precision,
         max_epochs=1,  # of EndlessBatches, whose one pass is the whole run: steps count, not epochs
         max_steps=trainer.max_steps,
@@ -198,8 +212,8 @@ def train(
     )
     say = print if is_first else lambda *args, **kwargs: None
     say(
-        f"{run}: {record['parameters']:,} parameters, {lightning.max_steps:,} steps on {accelerator}"
-        + (f", resumed from {checkpoint}" if checkpoint else "")
+        f"{run}: {record['parameters']:,} parameters, {lightning.max_steps:,} steps on {accelerator} ({where}; "
+        f"{why_plain or 'steps captured'}){f', resumed from {checkpoint}' if checkpoint else ''}"
     )
     started = time.perf_counter()
     handlers, hook = checkpoints.listen(), threading.excepthook
@@ -235,7 +249,11 @@ def train(
         "seconds": round(time.perf_counter() - started, 1),
         "best_val_loss": float(best.best_model_score) if best.best_model_score is not None else None,
         "precision": lightning.precision,
+        "step": "captured" if captured else "plain",
+        **speed.summary(),
     }
+    if accelerator == "gpu":
+        record["finished"]["peak_memory_mib"] = round(torch.cuda.max_memory_reserved() / 2**20)
     if is_first:
         write_text(record_path, json.dumps(record, indent=1))
     say(
@@ -243,6 +261,17 @@ def train(
         f"score it with `flashlab evaluate {run}`"
     )
     return 0
+
+
+def make_module(config: dict[str, Any], prepared: PreparedSet) -> ForecasterModule:
+    """Return the untrained module of a run's options."""
+    return ForecasterModule(
+        config["model"],
+        config["optimizer"],
+        prepared.scaler.mean,
+        prepared.scaler.std,
+        prepared.manifest["missing"]["mask_filled"],
+    )
 
 
 def _last_good_checkpoint(run: Path, module: ForecasterModule) -> Path | None:
@@ -253,6 +282,7 @@ def _last_good_checkpoint(run: Path, module: ForecasterModule) -> Path | None:
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
             trained_with = {name: checkpoint["hyper_parameters"][name] for name in module.hparams}
             checkpoint["state_dict"], checkpoint["loops"], checkpoint["optimizer_states"]
+            checkpoint[BarsDataModule.__name__]
         except FileNotFoundError:
             continue
         except Exception as error:  # a damaged file fails in as many ways as there are bytes
@@ -338,6 +368,34 @@ def _choose_precision(config: TrainerConfig, accelerator: str) -> Any:
     if config.precision != "auto":
         return config.precision
     return "bf16-mixed" if accelerator == "gpu" and torch.cuda.is_bf16_supported() else "32-true"
+
+
+def _choose_step(config: TrainerConfig, accelerator: str, precision: str) -> tuple[bool, str]:
+    """Say whether steps are captured, and if not why."""
+    why_not = None
+    if accelerator != "gpu":
+        why_not = "there is no GPU"
+    elif precision == "16-mixed":
+        why_not = "a scaled loss needs the host at every step"
+    elif not (os.environ.get("CC") or any(map(shutil.which, ("gcc", "cc", "clang")))):
+        why_not = "torch.compile finds no C compiler (install gcc)"
+    if config.step == "captured" and why_not:
+        raise UserError(f"--trainer.step captured cannot run here: {why_not}; leave it at auto")
+    if config.step == "plain":
+        return False, "steps launched one by one"
+    return why_not is None, f"steps launched one by one: {why_not}" if why_not else ""
+
+
+def _choose_place(prepared: PreparedSet, data: DataConfig, accelerator: str, captured: bool) -> tuple[DataConfig, str]:
+    """Decide where the series lies while it is trained on, and say it in a few words."""
+    size = prepared.manifest["bars"] * BAR_BYTES
+    if accelerator == "gpu" and captured:
+        place, free = "GPU", torch.cuda.mem_get_info()[0]
+    else:
+        place, free = "memory", memory()["available_gib"] * 2**30
+    stream = size > free / 2 if data.stream == "auto" else data.stream
+    where = f"{size / 1e6:,.0f} MB of bars " + (f"streamed from {prepared.path}" if stream else f"in the {place}")
+    return replace(data, stream=stream), where.replace("the memory", "memory")
 
 
 def _hide_os_errors(args: threading.ExceptHookArgs) -> None:

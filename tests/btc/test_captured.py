@@ -1,0 +1,116 @@
+import json
+import os
+import signal
+
+import numpy as np
+import pytest
+import torch
+
+from flashlab.btc.callbacks import AverageWeights
+from flashlab.btc.captured import CapturedStep
+from flashlab.btc.dataset import Windows
+from flashlab.btc.module import ForecasterModule
+from flashlab.btc.prepare import open_set
+from flashlab.btc.report import read_curves
+from flashlab.btc.windows import part_windows
+from flashlab.cli import main
+
+SHAPE = (
+    "--data.context_length 32 --data.stride 16 --data.batch_size 8 --model.width 32 --model.num_layers 2 "
+    "--optimizer.lr 0.01 --optimizer.warmup_steps 10 --optimizer.plateau_patience 0 --trainer.max_steps 60 "
+    "--trainer.val_every_n_steps 20 --trainer.checkpoint_every_n_steps 7 --trainer.log_every_n_steps 1 "
+    "--trainer.accelerator gpu --trainer.precision 32-true --model.backend sdpa_math"
+)
+gpu = pytest.mark.gpu
+
+
+@pytest.fixture
+def train(prepared):
+    return lambda run, *options: main(
+        ["train", "--data.path", str(prepared), *SHAPE.split(), "--run", str(run), *options]
+    )
+
+
+@pytest.fixture(scope="module")
+def captured(prepared, tmp_path_factory):
+    run = tmp_path_factory.mktemp("captured") / "run"
+    assert main(["train", "--data.path", str(prepared), *SHAPE.split(), "--run", str(run)]) == 0
+    assert json.loads((run / "run.json").read_text())["finished"]["step"] == "captured"
+    return run
+
+
+def assert_alike(run, other, *, rtol):
+    curves, others = read_curves(run), read_curves(other)
+    for tag in ("train/loss", "train/grad_norm", "train/lr", "val/loss"):
+        np.testing.assert_array_equal(curves[tag][0], others[tag][0])
+        np.testing.assert_allclose(curves[tag][1], others[tag][1], rtol=rtol, err_msg=tag)
+    assert len(np.unique(curves["train/lr"][1])) > 10, "the rate must change, or nothing shows that replays follow it"
+
+
+@gpu
+def test_captured_steps_train_as_plain_ones(train, captured, tmp_path):
+    assert train(tmp_path / "plain", "--trainer.step", "plain") == 0
+    assert_alike(captured, tmp_path / "plain", rtol=2e-3)
+
+
+@gpu
+@pytest.mark.parametrize("options", [["--data.stream", "true"], ["--data.stream", "true", "--data.num_workers", "2"]])
+def test_streamed_windows_train_as_resident_ones(train, captured, options, tmp_path):
+    assert train(tmp_path / "streamed", *options) == 0
+    assert_alike(captured, tmp_path / "streamed", rtol=2e-3)
+
+
+@gpu
+@pytest.mark.parametrize("steps", [["captured", "captured", "captured"], ["plain", "captured", "plain"]])
+def test_a_stopped_run_goes_on_where_it_was(train, captured, steps, tmp_path, monkeypatch):
+    original, run = ForecasterModule.training_step, tmp_path / "run"
+
+    def stop(self, batch):
+        if self.trainer.global_step in (1, 25):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, batch)
+
+    monkeypatch.setattr(ForecasterModule, "training_step", stop)
+    codes = [train(run, "--resume", "--trainer.step", step) for step in steps]
+    assert codes == [128 + signal.SIGTERM, 128 + signal.SIGTERM, 0]
+    assert_alike(run, captured, rtol=2e-3)
+
+
+@gpu
+def test_a_replay_does_not_wait_for_the_gpu(prepared):
+    opened = open_set(str(prepared))
+    windows = Windows(opened, part_windows(opened.manifest, "train", 32, 16), 32, mirror=True)
+    model = {"width": 32, "num_layers": 2}
+    module = ForecasterModule(model, {}, opened.scaler.mean, opened.scaler.std, mask_filled=True).cuda()
+    read, optimizer = windows.resident(module.device), module.make_optimizer()
+    average = AverageWeights(0.999)
+    average.setup(None, module, "fit")
+    for group in optimizer.param_groups:
+        group["capturable"] = True
+    step = CapturedStep(
+        lambda items: module.loss(read(items)), optimizer, 0.5, torch.bfloat16, lambda: average.update(module)
+    )
+    items = torch.arange(8, device="cuda")
+    for _ in range(5):
+        step(items)
+    losses = []
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(50):
+            step(items)
+            losses.append(step.loss.clone())
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.stack(losses).diff().mean() < 0
+    assert losses[-1] < 0.8 * losses[0]
+    assert int(average._average_model.n_averaged) == 55
+
+
+def test_captured_steps_need_a_gpu(train, tmp_path, capsys):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    options = ["--trainer.accelerator", "cpu", "--trainer.step", "captured"]
+    assert train(tmp_path / "run", *options) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith("--trainer.step captured cannot run here: there is no GPU; leave it at auto")
+    assert not (tmp_path / "run").exists()
