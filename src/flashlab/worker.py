@@ -26,12 +26,13 @@ class Worker:
 
     Args:
         log: File to which everything goes that it or a library prints.
+        has_children: It starts processes itself, which outlive it when it is killed.
     """
 
-    def __init__(self, log: Path) -> None:
+    def __init__(self, log: Path, *, has_children: bool = False) -> None:
         context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
         self.connection, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, log), daemon=True)
+        self._process = context.Process(target=_serve, args=(theirs, log), daemon=not has_children)
         self._process.start()
         theirs.close()
 

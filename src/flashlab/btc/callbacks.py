@@ -67,6 +67,11 @@ class Progress(TQDMProgressBar):
     def on_train_epoch_start(self, *args: Any) -> None:
         """Leave the bar as it is: the one epoch is the run."""
 
+    def get_metrics(self, trainer: Trainer, *args: Any) -> dict[str, Any]:
+        """Show the losses that were logged last: they are on the host already."""
+        logged = trainer.logged_metrics
+        return {name: float(logged[name]) for name in ("train/loss", "val/loss") if name in logged}
+
     def on_exception(self, *args: Any) -> None:
         """Give what is printed next a line of its own."""
         if self._train_progress_bar is not None:

@@ -40,6 +40,8 @@ class CapturedStep:
     ) -> None:
         self._loss, self._optimizer, self._after = torch.compile(loss, dynamic=False), optimizer, after
         self._clip, self._dtype = gradient_clip_val, dtype
+        for group in optimizer.param_groups:
+            group["capturable"] = True
         self._parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         self._lr = torch.zeros((), device=self._parameters[0].device)
         self._stream = torch.cuda.Stream()

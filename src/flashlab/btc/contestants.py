@@ -70,7 +70,7 @@ def measure(cell: Cell, data: str, steps: int, folder: Path) -> Row:
         figures = {"status": "unsupported", "reason": problem}
     else:
         function = published_loop if cell.contestant == "published" else bare_step
-        worker = Worker(folder / "log")
+        worker = Worker(folder / "log", has_children=cell.contestant == "published")
         try:
             figures = worker.call(function, data, cell.batch_size, steps, run_of(cell, folder), timeout_s=LIMIT_S)
             figures |= {"status": "ok"}

@@ -84,8 +84,6 @@ class ForecasterModule(LightningModule):
 
     def on_train_start(self) -> None:
         optimizer, data = self.trainer.optimizers[0], self.trainer.datamodule  # type: ignore[attr-defined]
-        for group in optimizer.param_groups:
-            group["capturable"] = self.captured  # whatever the checkpoint was written with
         if self.captured:
             read = data.train_windows.resident(self.device) if data.resident else None
             average = next((x for x in self.trainer.callbacks if isinstance(x, AverageWeights)), None)  # type: ignore[attr-defined]
@@ -108,7 +106,7 @@ class ForecasterModule(LightningModule):
             total, count = self.loss(batch)
             loss = total / mean_over_processes(count)
         if logs:
-            self.log("train/loss", loss.detach(), prog_bar=True)
+            self.log("train/loss", loss.detach())  # not for the bar: Lightning would read it at every step
             self.log("train/lr", self.trainer.optimizers[0].param_groups[0]["lr"])
         return loss
 
