@@ -83,7 +83,8 @@ def measure(cell: Cell, data: str, steps: int, folder: Path) -> Row:
     row |= figures
     if row["status"] == "ok":
         row["bars_per_s"] = round(cell.batch_size * cell.devices * row.pop("context_length") / row["ms_per_step"] * 1e3)
-        row["busy_share"] = round(row["busy_ms_per_step"] / row["ms_per_step"], 4)
+        is_gpu = row["peak_memory_mib"] is not None
+        row["busy_share"] = round(row["busy_ms_per_step"] / row["ms_per_step"], 4) if is_gpu else None
     return row
 
 
