@@ -115,6 +115,24 @@ def interruptions(path: Path) -> str:
     return f"Killed: {len(rows)} runs ({places}). Resumed, and equal to an uninterrupted run bit for bit: {alike}.\n"
 
 
+def object_storage(path: Path) -> str:
+    """Show what training fetches from object storage, from what tests/btc/object_store.py measures."""
+    figures = json.loads(path.read_text())
+    rows = [
+        (
+            f"`{row['options'] or '--data.stream false'}`",
+            *(str(row[name]) for name in ("devices", "epochs", "requests")),
+            f"{row['times_the_set']:.2f}",
+        )
+        for row in figures["rows"]
+    ]
+    header = ("Options", "processes that train", "epochs", "requests", "bytes fetched / bytes of the set")
+    return (
+        f"\nA set of {figures['set_bytes'] / 1e6:.0f} MB, {1000 * figures['latency_s']:.0f} ms before every answer. "
+        f"All its bars into memory: {figures['storage_s']:.1f} s, from a folder {figures['folder_s']:.1f} s.\n\n"
+    ) + markdown(Table("", header, rows, "lrrrr"))
+
+
 def check(path: Path) -> str:
     """Count what `flashlab check` found, backend by backend."""
     record = read(path, "attention_check", f"flashlab check --json {path}")
@@ -154,6 +172,7 @@ RENDERERS: dict[str, Callable[..., str]] = {
     "check": check,
     "claims": claims,
     "interruptions": interruptions,
+    "object_storage": object_storage,
     "overhead": overhead,
     "prepare": prepare,
     "published": published,

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from flashlab.btc import prepare as prepare_module
 from flashlab.cli import main
 
 
@@ -15,6 +16,17 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def many_blocks(bars_csv: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The set of `prepared` in blocks of 100 bars, 7 blocks a chunk. Read it, never write into it."""
+    out = tmp_path_factory.mktemp("many_blocks") / "set"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prepare_module, "BLOCK_BARS", 100)
+        patch.setattr(prepare_module, "CHUNK_BLOCKS", 7)
+        prepare_module.prepare([bars_csv], out=out, context_length=32)
+    return out
 
 
 @pytest.fixture(scope="module")

@@ -41,14 +41,17 @@ def captured(prepared, tmp_path_factory):
 
 def assert_alike(run, other):
     """The same but for rounding, which the optimiser makes more of from step to step."""
-    curves, others = read_curves(run), read_curves(other)
-    for tag in ("train/loss", "train/grad_norm", "train/lr", "val/loss"):
-        np.testing.assert_array_equal(curves[tag][0], others[tag][0])
-        difference = np.abs(curves[tag][1] / others[tag][1] - 1)
-        print(tag, "first 10:", difference[:10].max(), "all:", difference.max())
+    curves, others = (
+        {tag: dict(zip(*values, strict=True)) for tag, values in read_curves(folder).items()} for folder in (run, other)
+    )
+    for tag in ("train/loss", "train/lr", "val/loss"):
+        steps = sorted(curves[tag].keys() & others[tag].keys())  # the step at which a run was stopped is not logged
+        assert len(steps) >= (3 if tag == "val/loss" else 57)
+        difference = np.abs([curves[tag][step] - others[tag][step] for step in steps])
+        print(f"{tag}: first 10 steps {difference[:10].max():.1e}, all {difference.max():.1e}")
         assert difference[:10].max() < 2e-3, tag
-        assert difference.max() < (0.02 if tag.endswith("loss") else 0.3), tag
-    assert len(np.unique(curves["train/lr"][1])) > 10, "the rate must change, or nothing shows that replays follow it"
+        assert difference.max() < 0.03, tag
+    assert len(set(curves["train/lr"].values())) > 10, "the rate must change, or nothing shows that replays follow it"
 
 
 @gpu

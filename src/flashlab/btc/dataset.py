@@ -1,5 +1,7 @@
 """Windows of a prepared set, from memory or streamed, in an order that depends on seed and epoch alone."""
 
+import signal
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -115,7 +117,6 @@ def _from_memory(prepared: PreparedSet) -> ReadWindows:
 
 def _from_chunks(prepared: PreparedSet) -> ReadWindows:
     stack = ExitStack()
-    Finalize(None, stack.close, exitpriority=0)  # with this process, a loader's worker perhaps, its chunk cache goes
     block_bars = prepared.manifest["block_bars"]
     read_block = lru_cache(maxsize=256)(stack.enter_context(stream_blocks(prepared)))  # 100 MB of blocks
 
@@ -129,6 +130,7 @@ def _from_chunks(prepared: PreparedSet) -> ReadWindows:
             np.concatenate(pieces, out=window)
         return torch.from_numpy(windows)
 
+    Finalize(read, stack.close, exitpriority=0)  # the chunk cache goes with its reader, or with the process
     return read
 
 
@@ -183,6 +185,11 @@ class EndlessBatches(Sampler[list[int]]):
             ]
 
 
+def _end_well(worker: int) -> None:
+    """Let a worker that is terminated, as by a process that ends early, take its chunk cache away."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())
+
+
 class Loader(DataLoader[Tensor]):
     """A DataLoader that passes on the `UserError` of a worker as it was, without the traceback that torch adds."""
 
@@ -209,5 +216,6 @@ def loader(
         num_workers=num_workers,
         collate_fn=torch.tensor if isinstance(windows, range) else default_convert,
         pin_memory=pin_memory,
+        worker_init_fn=_end_well,
         **sampling,
     )

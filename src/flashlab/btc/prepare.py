@@ -6,7 +6,6 @@ beside it is removed by the next. Windows for training are views of the bars, ne
 filled are filled again on reading rather than stored.
 """
 
-import io
 import json
 import shutil
 import tempfile
@@ -16,6 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,11 +25,13 @@ from jsonargparse.typing import NonNegativeInt, PositiveInt
 
 from flashlab import __version__
 from flashlab.btc.bars import FEATURES, Bars, fill_missing, log_features, read_bars, segments
+from flashlab.btc.object_storage import open_storage
 from flashlab.btc.windows import PARTS, overlap, part_windows
-from flashlab.errors import UserError, writing
+from flashlab.errors import UserError, replacing, writing
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
+INDEX = "index.json"  # litdata's, beside its chunks
 LOCK = ".lock"
 BAR_BYTES = 4 * (1 + len(FEATURES))  # int32 minute, float32 values
 BLOCK_BARS = 16_384  # one litdata item, at most 393 kB: a window of 2048 touches at most two
@@ -61,11 +63,15 @@ class PreparedSet:
         return Scaler(**self.manifest["scaler"])
 
     def bars(self) -> Bars:
-        """Read all bars into memory, each block checked against the manifest.
+        """Read all bars into memory, once, each block checked against the manifest.
 
         Raises:
-            UserError: a chunk is missing or damaged.
+            UserError: a chunk is missing, damaged or out of reach.
         """
+        return self._bars
+
+    @cached_property
+    def _bars(self) -> Bars:
         with stream_blocks(self) as read_block:
             blocks = [read_block(index) for index in range(len(self.manifest["block_crc32"]))]
         return Bars(np.concatenate([b.minute for b in blocks]), np.concatenate([b.values for b in blocks]))
@@ -154,7 +160,7 @@ def open_set(path: str | Path) -> PreparedSet:
     remedy = "make it with `flashlab data prepare SRC --out DIR`"
     try:
         if "://" in path:
-            text = _download(f"{path.rstrip('/')}/{MANIFEST}")
+            text = open_storage(path)(MANIFEST).decode()
         else:
             text = (Path(path.removeprefix("local:")) / MANIFEST).read_text()
         manifest = json.loads(text)
@@ -180,26 +186,25 @@ def stream_blocks(prepared: PreparedSet) -> Iterator[Callable[[int], Bars]]:
     """Open the stored blocks for random access.
 
     Yields:
-        A function from a block's index to its bars. Of a remote set it fetches that block alone; what litdata keeps on
-        disk is in a private folder that is removed at the end.
+        A function from a block's index to its bars. Of a remote set it fetches the chunks that it is asked for, each
+        once, into a private folder that is removed at the end.
 
     Raises:
-        UserError: a chunk is missing or damaged.
+        UserError: a chunk is missing, damaged or out of reach.
     """
-    from litdata import StreamingDataset  # slow to import, and most commands need it not
-
     manifest = prepared.manifest
     with tempfile.TemporaryDirectory(prefix="flashlab-") as cache:
-        dataset: Any = None
+        read: Callable[[int], bytes] | None = None
 
         def read_block(index: int) -> Bars:
-            nonlocal dataset
+            nonlocal read
             try:
-                if dataset is None:
-                    dataset = StreamingDataset(prepared.chunks, cache_dir=cache, shuffle=False)
-                block = dataset[index]
+                read = read or _open_chunks(prepared.chunks, Path(cache))
+                block = read(index)
                 if zlib.crc32(block) != manifest["block_crc32"][index]:
                     raise ValueError("its checksum differs")
+            except UserError:
+                raise
             except Exception as error:  # litdata lets whatever its readers meet through: EOFError, struct.error, ...
                 place = f"{prepared.chunks} is damaged or out of reach at bar {index * manifest['block_bars']:,}"
                 reason = " ".join(str(error).split()).split(". ")[0][:200]
@@ -327,18 +332,33 @@ def _checksum(manifest: dict[str, Any]) -> int:
     return zlib.crc32(json.dumps(manifest).encode())
 
 
-def _download(url: str) -> str:
-    from litdata.streaming.downloader import get_downloader
+def _open_chunks(chunks: str, cache: Path) -> Callable[[int], bytes]:
+    """Open litdata's chunks: gives a function that reads a block, of a remote set from a copy that grows in `cache`."""
+    from litdata import StreamingDataset  # slow to import, and most commands need it not
 
-    content = io.BytesIO()
-    try:
-        get_downloader(url, "", []).download_fileobj(url, content)
-    except Exception as error:  # whatever the store's client raises
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"cannot fetch {url}: {reason}; check the URL, the credentials and the connection") from error
-    if not content.getvalue():  # what litdata leaves of a URL it does not know
-        raise UserError(f"cannot fetch {url}: expected a URL that litdata reads, such as s3://BUCKET/SET")
-    return content.getvalue().decode()
+    if "://" not in chunks:
+        return StreamingDataset(chunks, cache_dir=str(cache), shuffle=False).__getitem__
+    fetch = open_storage(chunks)
+
+    def keep(name: str, content: bytes) -> None:
+        with replacing(cache / Path(name).name) as partial:  # in the folder, whatever the index says
+            partial.write_bytes(content)
+
+    index = fetch(INDEX)
+    keep(INDEX, index)
+    chunk_of = [chunk for chunk in json.loads(index)["chunks"] for _ in range(chunk["chunk_size"])]
+    dataset = StreamingDataset(str(cache), shuffle=False)
+
+    def read(block: int) -> bytes:
+        name, size = chunk_of[block]["filename"], chunk_of[block]["chunk_bytes"]
+        if not (cache / name).exists():
+            content = fetch(name)
+            if len(content) != size:
+                raise ValueError(f"{name} has {len(content):,} bytes, not {size:,}")
+            keep(name, content)
+        return dataset[block]
+
+    return read
 
 
 def _print_summary(out: Path, manifest: dict[str, Any]) -> None:
