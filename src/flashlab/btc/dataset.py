@@ -1,5 +1,6 @@
 """Windows of a prepared set, from memory or streamed, in an order that depends on seed and epoch alone."""
 
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -187,6 +188,7 @@ class EndlessBatches(Sampler[list[int]]):
 
 def _end_well(worker: int) -> None:
     """Let a worker that is terminated, as by a process that ends early, take its chunk cache away."""
+    os.setpgid(0, 0)  # torchrun, Docker and Ctrl-C stop whole groups, and training needs its workers for what is left
     signal.signal(signal.SIGTERM, lambda *_: sys.exit())
 
 

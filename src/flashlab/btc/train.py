@@ -21,7 +21,9 @@ from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.callbacks import Callback, EarlyStopping
 from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from torch.distributed import is_torchelastic_launched
 
 from flashlab.attention import AttentionSpec, resolve
 from flashlab.btc.callbacks import (
@@ -43,6 +45,7 @@ from flashlab.btc.module import BarsDataModule, ForecasterModule, OptimizerConfi
 from flashlab.btc.prepare import BAR_BYTES, PreparedSet, open_set
 from flashlab.btc.profile import FIRST_STEP, STEPS, Profile
 from flashlab.btc.windows import part_windows
+from flashlab.btc.world import TIMEOUT, SameStart, choose_size, lost_peers
 from flashlab.errors import UserError, alone_in, write_text, writing
 from flashlab.machine import git_commit, identify, memory
 
@@ -124,22 +127,25 @@ def train(
         "trainer": asdict(trainer),
         "seed": seed,
     }
+    devices, num_nodes = choose_size(trainer.devices, trainer.num_nodes)
+    trainer = replace(trainer, devices=devices, num_nodes=num_nodes)
     prepared = open_set(data.path)
     record_path = run / "run.json"
     # Of the processes that train together, each of which runs this function, one writes and speaks.
     is_first = rank_zero_only.rank == 0  # type: ignore[attr-defined]
+    say = print if is_first else lambda *args, **kwargs: None
     with writing(run):
         exists = record_path.exists() or (run / "checkpoints").exists()
-    if is_first and exists:
-        if not resume:
-            raise UserError(f"{run} holds a run already; add --resume to continue it, or choose another --run")
+    if is_first and exists and not resume:
+        raise UserError(f"{run} holds a run already; add --resume to continue it, or choose another --run")
+    if exists and resume:
         before = read_record(run)
         if (finished := before.get("finished")) is not None:
             if before.get("trained_on") != _fingerprint(prepared):
                 raise UserError(f"{run} was trained on other bars than {data.path} holds; choose another --run")
             if before.get("shape") != [config["model"], config["optimizer"]]:
                 raise UserError(f"{run} was trained with other model or optimizer options; choose another --run")
-            print(f"{run} is trained already ({finished['steps']:,} steps); choose another --run to train anew")
+            say(f"{run} is trained already ({finished['steps']:,} steps); choose another --run to train anew")
             return 0
     accelerator = _choose_accelerator(trainer)
     precision = _choose_precision(trainer, accelerator)
@@ -187,14 +193,14 @@ def train(
     callbacks: list[Callback] = [best, progress, speed]
     if optimizer.average_decay:
         callbacks.append(AverageWeights(optimizer.average_decay))
-    callbacks += [early_stopping, checkpoints]
+    callbacks += [early_stopping, checkpoints, SameStart(run)]
     if trainer.profile:
         callbacks.append(Profile(run))
     lightning = Trainer(
         accelerator=accelerator,
         devices=trainer.devices,
         num_nodes=trainer.num_nodes,
-        strategy=Replicas() if captured and world_size > 1 else "auto",
+        strategy=(Replicas if captured else DDPStrategy)(timeout=TIMEOUT) if world_size > 1 else "auto",
         precision=precision,
         max_epochs=1,  # of EndlessBatches, whose one pass is the whole run: steps count, not epochs
         max_steps=trainer.max_steps,
@@ -210,16 +216,17 @@ def train(
         enable_model_summary=False,
         enable_progress_bar=has_bar,
     )
-    say = print if is_first else lambda *args, **kwargs: None
     say(
         f"{run}: {record['parameters']:,} parameters, {lightning.max_steps:,} steps on {accelerator} ({where}; "
         f"{why_plain or 'steps captured'}){f', resumed from {checkpoint}' if checkpoint else ''}"
     )
     started = time.perf_counter()
-    handlers, hook = checkpoints.listen(), threading.excepthook
+    # Under torchrun a process may wait for others that do not come: until training starts, a signal ends it at once.
+    handlers = {} if is_torchelastic_launched() else checkpoints.listen()
+    hook = threading.excepthook
     threading.excepthook = _hide_os_errors
     try:
-        with warnings.catch_warnings(), writing(run):
+        with warnings.catch_warnings(), writing(run), lost_peers(run):
             for idle in (
                 "dataloader .*(workers|resumable)",
                 "Checkpoint directory .* not empty",
@@ -233,7 +240,8 @@ def train(
             f"{run}: stopped by {asked.name} at step {lightning.global_step:,}; continue with --resume",
             file=sys.stderr,
         )
-        return 128 + asked if is_first else 0  # Lightning kills the first of several when another ends with a code
+        # Lightning kills the first of several when another ends with a code; torchrun takes 0 for the end of the run.
+        return 128 + asked if is_first or is_torchelastic_launched() else 0
     finally:
         alone.close()
         threading.excepthook = hook
