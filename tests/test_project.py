@@ -37,6 +37,7 @@ MAY_IMPORT = {  # part of the package -> the parts it may import
     "check": {"attention", "errors", "machine", "worker"},
     "bench": {"attention", "errors", "machine", "report", "worker"},
     "btc": {"attention", "errors", "machine", "report", "worker"},
+    "gpt2": {"attention", "errors", "machine"},
     "report": {"errors"},
     "results": {"attention", "bench", "btc", "errors", "report"},
     "support": {"attention", "errors", "machine", "results"},
