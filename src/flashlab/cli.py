@@ -37,6 +37,7 @@ COMMANDS = {
     "train": ("flashlab.btc.train:train", "train the minute-bar forecaster"),
     "evaluate": ("flashlab.btc.evaluate:evaluate", "score a trained forecaster beside its baselines"),
     "predict": ("flashlab.btc.predict:predict", "forecast the next bars of a CSV, or of a stream as they come"),
+    "gpt2 prepare": ("flashlab.gpt2.prepare:prepare", "turn text into the tokens that GPT-2 is trained on"),
     "report": ("flashlab.report:report", "draw and write the report of an evaluated run or of a sweep"),
     "results": ("flashlab.results:results", "write the result files' numbers into README.md and docs"),
 }
@@ -86,8 +87,8 @@ def load(name: str) -> Callable[..., int | None]:
 def build_parser(name: str, command: Callable[..., Any]) -> Parser:
     """Build the parser of one command from its function.
 
-    A parameter that may be passed by position and has no default is a positional argument (a list takes one or more
-    values); all others are options.
+    A parameter that may be passed by position is a positional argument (a list takes one or more values, or none if it
+    has a default); all others are options.
     """
     parser = Parser(prog=f"flashlab {name}", description=(inspect.getdoc(command) or "").split("\n\nArgs:")[0])
     parser.add_argument("--config", action=ActionConfigFile, help="YAML file with any of these options; repeatable")
@@ -96,8 +97,10 @@ def build_parser(name: str, command: Callable[..., Any]) -> Parser:
     for parameter in positional.values():
         is_list = get_origin(parameter.annotation) is list
         value_type = get_args(parameter.annotation)[0] if is_list else parameter.annotation
-        nargs: dict[str, Any] = {"nargs": "+"} if is_list else {}
-        parser.add_argument(parameter.name, type=value_type, help=help_lines[parameter.name], **nargs)
+        settings: dict[str, Any] = {"nargs": "+"} if is_list else {}
+        if parameter.default is not parameter.empty:
+            settings = {"nargs": "*" if is_list else "?", "default": parameter.default}
+        parser.add_argument(parameter.name, type=value_type, help=help_lines[parameter.name], **settings)
     return parser
 
 
@@ -105,7 +108,7 @@ def _positionals(command: Callable[..., Any]) -> dict[str, inspect.Parameter]:
     return {
         name: parameter
         for name, parameter in inspect.signature(command).parameters.items()
-        if parameter.default is parameter.empty and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
+        if parameter.kind is parameter.POSITIONAL_OR_KEYWORD
     }
 
 

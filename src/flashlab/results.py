@@ -116,7 +116,7 @@ def interruptions(path: Path) -> str:
 
 
 def object_storage(path: Path) -> str:
-    """Show what training fetches from object storage, from what tests/btc/object_store.py measures."""
+    """Show what training fetches from object storage, from what tests/object_store.py measures."""
     figures = json.loads(path.read_text())
     rows = [
         (

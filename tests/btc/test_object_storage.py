@@ -13,15 +13,15 @@ from pathlib import Path
 import boto3
 import pytest
 import torch
-from object_store import KEYS, object_store
 
-from flashlab.btc import object_storage
-from flashlab.btc.object_storage import open_storage
+from flashlab import object_storage
 from flashlab.btc.prepare import open_set
 from flashlab.btc.report import read_curves
 from flashlab.btc.windows import part_windows
 from flashlab.cli import main
 from flashlab.errors import UserError
+from flashlab.object_storage import open_storage
+from object_store import KEYS, object_store
 
 TINY = (
     "--data.context_length 32 --data.stride 16 --data.batch_size 4 --model.width 16 --model.num_layers 1 "

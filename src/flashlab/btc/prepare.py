@@ -25,9 +25,9 @@ from jsonargparse.typing import NonNegativeInt, PositiveInt
 
 from flashlab import __version__
 from flashlab.btc.bars import FEATURES, Bars, fill_missing, log_features, read_bars, segments
-from flashlab.btc.object_storage import open_storage
 from flashlab.btc.windows import PARTS, overlap, part_windows
 from flashlab.errors import UserError, replacing, writing
+from flashlab.object_storage import open_storage
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"

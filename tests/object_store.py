@@ -1,6 +1,6 @@
 """An S3-compatible server on loopback, behind a line that is slow and breaks now and then.
 
-``python tests/btc/object_store.py SET --out FILE`` measures what reading a set and training from it fetch.
+``python tests/object_store.py SET --out FILE`` measures what reading a set and training from it fetch.
 """
 
 import http.client
