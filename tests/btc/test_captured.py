@@ -1,6 +1,8 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -17,7 +19,7 @@ from flashlab.cli import main
 
 SHAPE = (
     "--data.context_length 32 --data.stride 16 --data.batch_size 8 --model.width 32 --model.num_layers 2 "
-    "--optimizer.lr 0.01 --optimizer.warmup_steps 10 --optimizer.plateau_patience 0 --trainer.max_steps 60 "
+    "--optimizer.lr 0.002 --optimizer.warmup_steps 20 --optimizer.plateau_patience 0 --trainer.max_steps 60 "
     "--trainer.val_every_n_steps 20 --trainer.checkpoint_every_n_steps 7 --trainer.log_every_n_steps 1 "
     "--trainer.accelerator gpu --trainer.precision 32-true --model.backend sdpa_math"
 )
@@ -50,7 +52,7 @@ def assert_alike(run, other):
         difference = np.abs([curves[tag][step] - others[tag][step] for step in steps])
         print(f"{tag}: first 10 steps {difference[:10].max():.1e}, all {difference.max():.1e}")
         assert difference[:10].max() < 2e-3, tag
-        assert difference.max() < 0.03, tag
+        assert difference.max() < 0.05, tag
     assert len(set(curves["train/lr"].values())) > 10, "the rate must change, or nothing shows that replays follow it"
 
 
@@ -109,6 +111,18 @@ def test_a_replay_does_not_wait_for_the_gpu(prepared):
     assert torch.stack(losses).diff().mean() < 0
     assert losses[-1] < 0.8 * losses[0]
     assert int(average._average_model.n_averaged) == 55
+
+
+@gpu
+@pytest.mark.parametrize("step", ["plain", "captured"])
+def test_two_gpus_train_as_one_with_twice_the_batch(captured, prepared, step, tmp_path):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("there is one GPU here")
+    options = [*SHAPE.split(), "--data.batch_size", "4", "--trainer.devices", "2", "--trainer.step", step]
+    command = [sys.executable, "-m", "flashlab", "train", "--data.path", prepared, *options, "--run", tmp_path / "two"]
+    done = subprocess.run(list(map(str, command)), timeout=180, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert_alike(captured, tmp_path / "two")
 
 
 def test_captured_steps_need_a_gpu(train, tmp_path, capsys):

@@ -1,8 +1,9 @@
-"""A training step as one CUDA graph.
+"""A training step as a CUDA graph.
 
 A step of a small model is hundreds of kernels of some microseconds each, and a host that launches them one by one
-cannot keep up. Here the whole step (forward, backward, exchange between GPUs, clipping, optimiser, averaged weights) is
-compiled where that helps, recorded once, and then asked for with a single launch.
+cannot keep up. Here the whole step (forward, backward, clipping, optimiser, averaged weights) is compiled where that
+helps, recorded once, and then asked for with a single launch. Where several processes train together it is two graphs
+with the exchange of gradients between them: outside of a graph NCCL notices when another process is gone.
 """
 
 from collections.abc import Callable
@@ -45,10 +46,11 @@ class CapturedStep:
         self._parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         self._lr = torch.zeros((), device=self._parameters[0].device)
         self._stream = torch.cuda.Stream()
-        self._graph: torch.cuda.CUDAGraph | None = None
+        self._graphs: dict[str, torch.cuda.CUDAGraph] = {}
         self._steps = 0
         self._batch: Tensor | None = None
-        self.loss = self.gradient_norm = self._lr
+        self._together = dist.is_initialized()
+        self.loss = self.gradient_norm = self._sums = self._lr
 
     def __call__(self, batch: Tensor) -> None:
         """Take one step; `loss` and `gradient_norm` then hold its figures, on the GPU."""
@@ -57,31 +59,54 @@ class CapturedStep:
         self._batch.copy_(batch)
         self._lr.fill_(self._optimizer.param_groups[0]["lr"])
         self._steps += 1
-        if self._graph is None and self._steps <= WARM_UP_STEPS:
+        if self._steps <= WARM_UP_STEPS:
             self._stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self._stream):
-                self._step(self._batch)
+                self._run(lambda part: part())
             torch.cuda.current_stream().wait_stream(self._stream)
-            return
-        if self._graph is None:
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
-                self._step(self._batch)
-            self._graph = graph
-        self._graph.replay()
+        else:
+            self._run(self._replay)
 
-    def _step(self, batch: Tensor) -> None:
+    def _run(self, run: Callable[[Callable[[], None]], None]) -> None:
+        if self._together:
+            run(self._backward)
+            dist.all_reduce(self._sums)
+            run(self._update)
+        else:
+            run(self._whole)
+
+    def _replay(self, part: Callable[[], None]) -> None:
+        name = part.__name__
+        if name not in self._graphs:
+            graph = torch.cuda.CUDAGraph()
+            pool = next(iter(self._graphs.values())).pool() if self._graphs else None  # one reads what the other left
+            with torch.cuda.graph(graph, pool=pool, stream=self._stream, capture_error_mode="thread_local"):
+                part()
+            self._graphs[name] = graph
+        self._graphs[name].replay()
+
+    def _whole(self) -> None:
+        self._backward()
+        self._update()
+
+    def _backward(self) -> None:
         self._optimizer.zero_grad()
+        assert self._batch is not None
         with torch.autocast("cuda", self._dtype, enabled=self._dtype is not None, cache_enabled=False):
-            total, count = self._loss(batch)
-        count = mean_over_processes(count)
+            total, count = self._loss(self._batch)
         with torch.autocast("cuda", enabled=False):
-            loss = total / count
-            loss.backward()
-            self.loss = loss.detach()
-            if dist.is_initialized():
-                exchanged = [self.loss, *(parameter.grad for parameter in self._parameters)]
-                vector_to_parameters(mean_over_processes(parameters_to_vector(exchanged)), exchanged)
+            if self._together:  # how much counts in all is known once it has been added up
+                total.backward()
+                self._sums = parameters_to_vector([total.detach(), count, *self._gradients()])
+            else:
+                self.loss = total / count
+                self.loss.backward()
+
+    def _update(self) -> None:
+        with torch.autocast("cuda", enabled=False):
+            if self._together:
+                self.loss = self._sums[0] / self._sums[1]
+                vector_to_parameters(self._sums[2:] / self._sums[1], self._gradients())
             self.gradient_norm = clip_grad_norm_(self._parameters, self._clip, foreach=True)
             rates = [group["lr"] for group in self._optimizer.param_groups]
             for group in self._optimizer.param_groups:
@@ -91,6 +116,9 @@ class CapturedStep:
                 group["lr"] = rate
             if self._after is not None:
                 self._after()
+
+    def _gradients(self) -> list[Tensor]:
+        return [parameter.grad for parameter in self._parameters if parameter.grad is not None]
 
 
 def mean_over_processes(x: Tensor) -> Tensor:

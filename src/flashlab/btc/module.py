@@ -99,7 +99,7 @@ class ForecasterModule(LightningModule):
         logs = (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
         if self._step is not None:
             self._step(batch)
-            loss = self._step.loss
+            loss = self._step.loss.detach()
             if logs:
                 self.log("train/grad_norm", self._step.gradient_norm)
         else:
@@ -112,7 +112,7 @@ class ForecasterModule(LightningModule):
 
     def validation_step(self, bars: Tensor) -> None:
         total, count = self.loss(bars)
-        self.log("val/loss", total / count, prog_bar=True, batch_size=len(bars), sync_dist=True)
+        self.log("val/loss", total / count, prog_bar=True, batch_size=int(count), sync_dist=True)  # a mean over bars
 
     # The captured step has done all this when `training_step` returns.
 

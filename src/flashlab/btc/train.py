@@ -74,7 +74,7 @@ class TrainerConfig:
         num_nodes: how many machines.
         precision: of Lightning; auto is bf16-mixed on a GPU and 32-true on a CPU.
         step: captured compiles the step and replays it as one CUDA graph; plain lets the host launch its kernels one by
-            one, and is all that a CPU can do; auto is captured on a GPU.
+            one, and is all that a CPU can do; auto is captured on one GPU.
         profile: write a profile of some steps into the run folder: what the kernels are, and how long each takes.
     """
 
@@ -389,6 +389,8 @@ def _choose_step(config: TrainerConfig, accelerator: str, precision: str) -> tup
         why_not = "torch.compile finds no C compiler (install gcc)"
     if config.step == "captured" and why_not:
         raise UserError(f"--trainer.step captured cannot run here: {why_not}; leave it at auto")
+    if config.step == "auto" and config.devices * config.num_nodes > 1:
+        why_not = why_not or "on several GPUs captured steps are not measured yet (--trainer.step captured tries them)"
     if config.step == "plain":
         return False, "steps launched one by one"
     return why_not is None, f"steps launched one by one: {why_not}" if why_not else ""
