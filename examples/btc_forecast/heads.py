@@ -7,6 +7,7 @@ to itself, and scores each run. What is trained already is not trained again.
 """
 
 import json
+import shlex
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -66,7 +67,8 @@ def heads(
                 "volume_r2": metrics["scores"]["model"]["volume"]["r2"],
             }
         )
-    write_result(out, provenance("btc_heads") | {"rows": rows})
+    command = shlex.join(["python", "examples/btc_forecast/heads.py", *sys.argv[1:]])
+    write_result(out, provenance("btc_heads") | {"command": command, "rows": rows})
     print(f"wrote {out}")
 
 

@@ -18,6 +18,7 @@ from typing import Any
 from flashlab.attention.support import markdown as support_table
 from flashlab.bench.analysis import describe_machine, read
 from flashlab.bench.claims import claims, markdown, published, sweep_tables
+from flashlab.btc.bench import name_of
 from flashlab.btc.metrics import COMPARISONS, TITLES, comparisons, load_metrics, number, time_range
 from flashlab.errors import UserError, write_text
 from flashlab.report import Table
@@ -97,6 +98,18 @@ def btc(*paths: Path) -> str:
     return "\n" + "".join(parts)
 
 
+def full_run(path: Path) -> str:
+    """Say how long a run took from the first command's start to the second one's end, and what came of it."""
+    metrics = load_metrics(path)
+    wall, finished = metrics["wall"], metrics["run"]["training"]["finished"]
+    told = (
+        f"**{wall['both_s']:.0f} s** of wall time: `flashlab train` {wall['train_s']:.0f} s, {finished['seconds']:.0f} of "
+        f"them in Lightning, compiling included ({finished['ms_per_step']:.2f} ms a step); `flashlab evaluate` "
+        f"{wall['evaluate_s']:.0f} s. No compiled kernel was in a cache before.\n"
+    )
+    return f"\n{told}{btc(path)}"
+
+
 def prepare(path: Path) -> str:
     """Say what preparing a CSV costs, from the figures of examples/btc_forecast/bench_prepare.py."""
     figures = json.loads(path.read_text())
@@ -166,12 +179,92 @@ def support(path: Path) -> str:
     return f"\n{describe_machine(record)}.\n\n{support_table(record['rows'])}\n"
 
 
+def loops(*paths: Path) -> str:
+    """Show how fast the forecaster trains, from the figures of `flashlab bench train`."""
+    parts = []
+    for path in paths:
+        record = read(path, "btc_train_bench", "flashlab bench train")
+        measured = [row for row in record["rows"] if row["status"] == "ok"]
+        published = next((row["bars_per_s"] for row in measured if row["contestant"] == "published"), None)
+        rows = [
+            (
+                name_of(row),
+                f"`{row['attention_backend']}`" if "attention_backend" in row else "",
+                f"{row['ms_per_step']:.2f}",
+                f"{row['bars_per_s'] / 1e6:.2f}",
+                f"{row['bars_per_s'] / published:.1f}" if published else "",
+                f"{row['busy_share']:.0%}",
+                f"{row['peak_memory_mib']:,}",
+                f"{row['kernels_per_step']:,}",
+            )
+            for row in measured
+        ]
+        header = (
+            "Loop, preset, GPUs x batch",
+            "Attention",
+            "ms a step",
+            "M bars/s",
+            "times the published loop",
+            "GPU busy",
+            "MiB at most",
+            "kernels a step",
+        )
+        shown = [column for column in zip(header, *rows, strict=True) if any(column[1:])]
+        header, *rows = zip(*shown, strict=True)
+        align = "".join("l" if name in ("Attention", "Loop, preset, GPUs x batch") else "r" for name in header)
+        parts.append(f"{describe_machine(record)}.\n\n{markdown(Table('', header, rows, align))}")
+    return "\n" + "".join(parts)
+
+
+def kernels(path: Path) -> str:
+    """Show what a captured step of the default preset consists of, from the figures of `flashlab bench train`."""
+    record = read(path, "btc_train_bench", "flashlab bench train")
+    step = next(row for row in record["rows"] if (row["contestant"], row["config"]) == ("captured", "default"))
+    rows = [
+        (f"`{shorten(kernel['name'])}`", f"{kernel['calls_per_step']:.0f}", f"{1e3 * kernel['ms_per_step']:.0f}")
+        for kernel in step["kernels"]
+    ]
+    told = (
+        f"Of {step['busy_ms_per_step']:.2f} ms in which a kernel ran, {step['kernels_per_step']} kernels in all, the "
+        f"{len(rows)} longest:"
+    )
+    return f"\n{told}\n\n" + markdown(Table("", ("Kernel", "calls a step", "microseconds a step"), rows, "lrr"))
+
+
+def shorten(name: str) -> str:
+    """Shorten the name of a kernel to what tells it from others."""
+    return re.split(r"[<(]", name.removeprefix("void "))[0][:72]
+
+
+def heads(path: Path) -> str:
+    """Show head shapes beside each other, from the figures of examples/btc_forecast/heads.py."""
+    record = read(path, "btc_heads", "examples/btc_forecast/heads.py")
+    skills = [f"{feature} over persistence" for feature in ("open", "high", "low", "volume", "average")]
+    rows = [
+        (
+            f"{row['num_heads']} of {row['head_dim']}",
+            f"{row['ms_per_step']:.2f}",
+            f"{row['bars_per_s'] / 1e6:.1f}",
+            f"{row['best_val_loss']:.4f}",
+            *(f"{row['skill'][skill]:+.1%}" for skill in skills),
+        )
+        for row in record["rows"]
+    ]
+    header = ("Heads", "ms a step", "M bars/s", "validation loss", *(skill.split()[0] for skill in skills))
+    told = f"{describe_machine(record)}; {record['rows'][0]['parameters']:,} parameters each; skill over persistence."
+    return f"\n{told}\n\n" + markdown(Table("", header, rows, "l" + "r" * (len(header) - 1)))
+
+
 # name of a renderer -> function of the files its block names
 RENDERERS: dict[str, Callable[..., str]] = {
     "btc": btc,
     "check": check,
     "claims": claims,
+    "full_run": full_run,
+    "heads": heads,
     "interruptions": interruptions,
+    "kernels": kernels,
+    "loops": loops,
     "object_storage": object_storage,
     "overhead": overhead,
     "prepare": prepare,

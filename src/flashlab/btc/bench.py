@@ -111,7 +111,7 @@ def draw(rows: list[dict[str, Any]]) -> Figure:
             axes.annotate(speed, (row["ms_per_step"], place), va="center")
         axes.set_yticks(places, [name_of(row) for row in rows])
         axes.invert_yaxis()
-        axes.set_xlim(0, 1.45 * max(row["ms_per_step"] for row in rows))
+        axes.set_xlim(0, 1.6 * max(row["ms_per_step"] for row in rows))
         axes.set_xlabel("milliseconds a step")
         axes.grid(visible=False, axis="y")
         axes.legend(loc="lower right")
