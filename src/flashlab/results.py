@@ -103,8 +103,8 @@ def full_run(path: Path) -> str:
     metrics = load_metrics(path)
     wall, finished = metrics["wall"], metrics["run"]["training"]["finished"]
     told = (
-        f"**{wall['both_s']:.0f} s** of wall time: `flashlab train` {wall['train_s']:.0f} s, {finished['seconds']:.0f} of "
-        f"them in Lightning, compiling included ({finished['ms_per_step']:.2f} ms a step); `flashlab evaluate` "
+        f"**{wall['both_s']:.0f} s** of wall time: `flashlab train` {wall['train_s']:.0f} s, {finished['seconds']:.0f} "
+        f"of them in Lightning, compiling included ({finished['ms_per_step']:.2f} ms a step); `flashlab evaluate` "
         f"{wall['evaluate_s']:.0f} s. No compiled kernel was in a cache before.\n"
     )
     return f"\n{told}{btc(path)}"

@@ -1,4 +1,5 @@
 import errno
+import gzip
 import json
 import os
 import pickle
@@ -570,3 +571,31 @@ def test_a_checkpoint_loads_into_the_average(train, reference, tmp_path):
     for checkpoint in reference.values():
         average, current = checkpoint["state_dict"], checkpoint["current_model_state"]
         assert not any(torch.equal(average[name], current[name]) for name in weights)
+
+
+def test_a_profile_says_what_a_step_takes(train, tmp_path):
+    run = tmp_path / "run"
+    assert train(run, "--trainer.max_steps", "75", "--trainer.profile", "true") == 0
+    profile = json.loads((run / "profile.json").read_text())
+    (optimizer,) = (kernel for kernel in profile["kernels"] if "Optimizer.step" in kernel["name"])
+    assert optimizer["calls_per_step"] == 1
+    assert 0 < optimizer["ms_per_step"] < profile["busy_ms_per_step"]
+    assert profile["busy_ms_per_step"] == pytest.approx(sum(kernel["ms_per_step"] for kernel in profile["kernels"]))
+    assert json.loads(gzip.decompress((run / "trace.json.gz").read_bytes()))["traceEvents"]
+    finished = json.loads((run / "run.json").read_text())["finished"]
+    assert finished["bars_per_s"] == pytest.approx(4 * 32 / finished["ms_per_step"] * 1e3, rel=1e-3)
+
+
+def test_a_run_too_short_for_a_profile_says_so(train, tmp_path, capsys):
+    assert train(tmp_path / "run", "--trainer.profile", "true") == 0
+    assert "no profile is written, since it takes the 20 steps from step 50 on" in capsys.readouterr().out
+    assert not (tmp_path / "run" / "profile.json").exists()
+
+
+def test_a_series_too_large_for_the_memory_is_streamed(train, reference, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("flashlab.btc.train.memory", lambda: {"available_gib": 1e-6})
+    assert train(tmp_path / "run") == 0
+    assert "MB of bars streamed from" in capsys.readouterr().out
+    assert_same(tmp_path / "run", reference)
+    assert train(tmp_path / "told", "--data.stream", "false") == 0
+    assert "MB of bars in memory" in capsys.readouterr().out

@@ -113,7 +113,10 @@ def _train(cell: Cell, data: str, steps: int, folder: Path) -> Row:
         return {"status": "failed", "reason": f"took longer than {LIMIT_S:g} s"}
     if done.returncode:
         last = (done.stderr.strip() or done.stdout.strip()).splitlines()[-1]
-        return {"status": "unsupported" if done.returncode == 2 else "failed", "reason": last}
+        return {
+            "status": "unsupported" if done.returncode == 2 else "failed",
+            "reason": last.removeprefix("flashlab: error: "),
+        }
     record, profiled = read_record(run), json.loads((run / "profile.json").read_text())
     finished = record["finished"]
     return {

@@ -1,0 +1,77 @@
+import json
+
+import pytest
+import torch
+import yaml
+
+from flashlab.btc.bench import bench_train, draw
+from flashlab.btc.contestants import Cell, measure
+from flashlab.btc.profile import union
+from flashlab.cli import main
+
+TINY = {
+    "data": {"context_length": 32, "stride": 16},
+    "model": {"width": 16, "num_layers": 1},
+    "trainer": {"accelerator": "cpu", "val_every_n_steps": 60, "log_every_n_steps": 5},
+}
+cpu_only = pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    path = tmp_path_factory.mktemp("configs") / "tiny.yaml"
+    path.write_text(yaml.safe_dump(TINY))
+    return path
+
+
+@cpu_only
+def test_what_can_run_is_measured_and_what_cannot_says_why(prepared, config, tmp_path, capsys):
+    out = tmp_path / "bench.json"
+    assert bench_train(data=str(prepared), configs=[config], batch_sizes=[4], steps=40, out=out) == 0
+    record = json.loads(out.read_text())
+    rows = {row["contestant"]: row for row in record["rows"]}
+    assert {name: row["status"] for name, row in rows.items()} == {
+        "published": "unsupported",
+        "plain": "ok",
+        "captured": "unsupported",
+        "bare": "unsupported",
+    }
+    assert "there is no GPU" in rows["captured"]["reason"]
+    plain = rows["plain"]
+    assert plain["bars_per_s"] == pytest.approx(4 * 32 / plain["ms_per_step"] * 1e3, rel=1e-3)
+    assert plain["kernels"][0]["ms_per_step"] >= plain["kernels"][-1]["ms_per_step"] > 0
+    assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    printed = capsys.readouterr().out
+    assert "captured, tiny, 1 x 4 windows: " in printed
+    assert str(tmp_path) not in json.dumps(record["rows"])
+    bars = draw([plain]).axes[0].patches
+    assert [bar.get_width() for bar in bars] == [plain["ms_per_step"], plain["busy_ms_per_step"]]
+
+
+def test_a_loop_that_fails_leaves_its_reason(prepared, tmp_path):
+    broken = tmp_path / "broken.yaml"
+    broken.write_text(yaml.safe_dump(TINY | {"model": {"width": 15}}))
+    row = measure(Cell("plain", broken, 4, 1), str(prepared), 10, tmp_path)
+    assert row["status"] == "unsupported"
+    assert row["reason"].startswith("--model.num_heads 2 must divide --model.width 15 ")
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        ("--configs no/such.yaml", "--configs no/such.yaml: there is no such file"),
+        ("--contestants bare", "name both"),
+        ("--data no/set", "no/set"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_in_one_line(prepared, config, tmp_path, capsys, options, complaint):
+    arguments = ["--data", str(prepared), "--configs", str(config), "--out", str(tmp_path / "out.json")]
+    assert main(["bench", "train", *arguments, *options.split()]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert complaint in line
+    assert not (tmp_path / "out.json").exists()
+
+
+def test_overlapping_kernels_count_once():
+    assert union([(5, 6), (0, 2), (1, 3), (1, 2)]) == 4
+    assert union([]) == 0
