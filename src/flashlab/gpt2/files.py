@@ -127,7 +127,7 @@ class _Zstandard(io.RawIOBase):
         try:
             import zstandard
         except ImportError:
-            raise UserError(f"{file.name} needs the package zstandard: pip install 'flashlab[gpt2]'") from None
+            raise UserError(f"{file.name} needs the package zstandard: pip install zstandard") from None
         self._decompressor = zstandard.ZstdDecompressor(max_window_size=2**31)
         self._error = zstandard.ZstdError
         self._file, self._left = file, memoryview(b"")

@@ -187,7 +187,7 @@ def _import_tiktoken() -> Any:
         import tiktoken
     except ImportError:
         raise UserError(
-            "--tokenizer gpt2 needs the package tiktoken: pip install 'flashlab[gpt2]', or take --tokenizer bytes"
+            "--tokenizer gpt2 needs the package tiktoken: pip install tiktoken, or take --tokenizer bytes"
         ) from None
     return tiktoken
 
