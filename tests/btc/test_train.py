@@ -599,3 +599,15 @@ def test_a_series_too_large_for_the_memory_is_streamed(train, reference, tmp_pat
     assert_same(tmp_path / "run", reference)
     assert train(tmp_path / "told", "--data.stream", "false") == 0
     assert "MB of bars in memory" in capsys.readouterr().out
+
+
+def test_a_run_that_was_captured_goes_on_with_plain_steps(train, reference, stopped):
+    """Their optimiser is marked as one that CUDA graphs may hold."""
+    last = stopped / "checkpoints" / "last.ckpt"
+    checkpoint = torch.load(last, weights_only=True)
+    for group in checkpoint["optimizer_states"][0]["param_groups"]:
+        group["capturable"] = True
+    torch.save(checkpoint, last)
+    assert train(stopped, "--resume") == 0
+    weights = load_all(stopped)["last.ckpt"]["state_dict"]
+    assert list(differences(weights, reference["last.ckpt"]["state_dict"], "weights")) == []

@@ -231,6 +231,7 @@ def train(
                 "dataloader .*(workers|resumable)",
                 "Checkpoint directory .* not empty",
                 "number of training batches",
+                "capturable=True",  # the first steps are not captured
             ):
                 warnings.filterwarnings("ignore", f".*{idle}")
             lightning.fit(module, datamodule=datamodule, ckpt_path=checkpoint, weights_only=True)
