@@ -29,6 +29,11 @@ class AverageWeights(WeightAveraging):
         super().__init__(use_buffers=False)
         self.decay = decay
 
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Follow the module to its device: when the copy was made it may not have been there yet."""
+        assert self._average_model is not None
+        self._average_model.to(pl_module.device)
+
     @torch.no_grad()
     def update(self, pl_module: LightningModule) -> None:
         """Take the weights of one more step into the average, without the host's looking at a number."""
