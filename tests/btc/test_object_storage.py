@@ -9,6 +9,7 @@ import sys
 import urllib.request
 from collections import Counter
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import boto3
 import pytest
@@ -43,7 +44,15 @@ def server():
 
 
 @pytest.fixture
-def store(server, monkeypatch, tmp_path):
+def temporary(monkeypatch):
+    """A folder for temporary files whose name is short: loaders put sockets there, with paths of at most 107 bytes."""
+    with TemporaryDirectory(prefix="t-") as folder:
+        monkeypatch.setattr("tempfile.tempdir", folder)
+        yield Path(folder)
+
+
+@pytest.fixture
+def store(server, monkeypatch, temporary):
     """The server as the environment's, over a line without faults; waits are short, and what stays behind is seen."""
     for name, value in {
         "AWS_ENDPOINT_URL": server.line.url,
@@ -56,8 +65,6 @@ def store(server, monkeypatch, tmp_path):
     }.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(object_storage, "FIRST_WAIT_S", 0.01)
-    (tmp_path / "temporary").mkdir()
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
     server.line.reset()
     return server
 
@@ -74,13 +81,13 @@ def own_url(store, many_blocks, request):
 
 
 @pytest.fixture
-def train(url, tmp_path):
+def train(url, temporary, tmp_path):
     """`flashlab train` on the set in object storage; nothing may stay behind of what it fetched."""
 
     def train(*options, path=url, run=tmp_path / "run"):
         code = main(["train", "--data.path", str(path), *TINY.split(), "--run", str(run), *" ".join(options).split()])
         gc.collect()
-        assert not list((tmp_path / "temporary").glob("flashlab-*"))
+        assert not list(temporary.glob("flashlab-*"))
         return code
 
     return train
@@ -122,20 +129,20 @@ def test_training_over_a_bad_line_is_training_from_a_folder(store, train, refere
 
 
 @pytest.mark.slow
-def test_two_processes_train_over_a_bad_line_as_from_a_folder(store, url, many_blocks, tmp_path):
+def test_two_processes_train_over_a_bad_line_as_from_a_folder(store, url, temporary, many_blocks, tmp_path):
     outcomes = []
     for path in (url, many_blocks):
         store.line.reset(*FAULTS, bytes_per_s=500_000)
         run = tmp_path / ("remote" if path == url else "local")
         options = f"{TINY} {HOW['stream, 2 workers']} --trainer.devices 2 --run {run}".split()
         command = [sys.executable, "-m", "flashlab", "train", "--data.path", str(path), *options]
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "TMPDIR": str(tmp_path / "temporary")}
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "TMPDIR": str(temporary)}
         ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
         assert ran.returncode == 0, ran.stderr
         assert bool(store.line.failed) == (path == url)
         outcomes.append(outcome(run))
     assert outcomes[0] == outcomes[1]
-    assert not list((tmp_path / "temporary").glob("flashlab-*"))
+    assert not list(temporary.glob("flashlab-*"))
 
 
 def test_memory_is_the_folder_s_bars_and_costs_the_set_once(store, url, train, many_blocks):
