@@ -38,6 +38,7 @@ COMMANDS = {
     "evaluate": ("flashlab.btc.evaluate:evaluate", "score a trained forecaster beside its baselines"),
     "predict": ("flashlab.btc.predict:predict", "forecast the next bars of a CSV, or of a stream as they come"),
     "gpt2 prepare": ("flashlab.gpt2.prepare:prepare", "turn text into the tokens that GPT-2 is trained on"),
+    "gpt2 train": ("flashlab.gpt2.train:train", "train GPT-2 on tokens"),
     "report": ("flashlab.report:report", "draw and write the report of an evaluated run or of a sweep"),
     "results": ("flashlab.results:results", "write the result files' numbers into README.md and docs"),
 }

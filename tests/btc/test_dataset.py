@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from flashlab.btc.bars import FEATURES
-from flashlab.btc.dataset import EndlessBatches, Windows, loader
+from flashlab.btc.dataset import Windows
 from flashlab.btc.prepare import open_set
 from flashlab.btc.windows import part_windows
 from flashlab.errors import UserError
+from flashlab.training.batches import EndlessBatches, Shuffled, loader
 
 OPEN, HIGH, LOW, CLOSE, VOLUME = range(len(FEATURES))
 CONTEXT = 32
@@ -31,7 +32,7 @@ def batches_of(path, num_workers=0, **how):
     prepared = open_set(path)
     starts = part_windows(prepared.manifest, "train", CONTEXT, stride=21)
     windows = Windows(prepared, starts, CONTEXT, mirror=True, **how)
-    return list(loader(windows, EndlessBatches(len(windows), 24, 30, seed=5), num_workers=num_workers))
+    return list(loader(windows, EndlessBatches(Shuffled(len(windows), 5), 24, 30), num_workers=num_workers))
 
 
 @pytest.fixture(scope="module")
@@ -123,45 +124,6 @@ def test_damage_is_one_line_that_says_where(many_blocks, tmp_path, monkeypatch, 
     assert message.startswith(f"{prepared.chunks} is damaged or out of reach at bar ")
     assert message.endswith("prepare the set again")
     assert re.search(rf"at bar {bar} \(", message)
-
-
-# --- order
-
-
-def steps(**options) -> list[list[int]]:
-    return list(EndlessBatches(**({"num_items": 50, "batch_size": 8, "num_steps": 40, "seed": 3} | options)))
-
-
-def test_every_epoch_is_another_permutation():
-    flat = [item for batch in steps(num_steps=25) for item in batch]
-    epochs = [flat[first : first + 50] for first in range(0, 200, 50)]
-    for epoch in epochs:
-        assert sorted(epoch) == list(range(50))
-    assert len({tuple(epoch) for epoch in epochs}) == 4
-
-
-def test_order_is_a_function_of_the_seed():
-    assert steps() == steps()
-    assert steps() != steps(seed=4)
-
-
-@pytest.mark.parametrize(("batch_size", "world_size"), [(4, 2), (2, 4), (1, 8), (30, 3)])
-def test_ranks_share_the_batch_that_one_rank_would_have(batch_size, world_size):
-    ranks = [steps(batch_size=batch_size, rank=rank, world_size=world_size) for rank in range(world_size)]
-    together = [[item for batch in batches for item in batch] for batches in zip(*ranks, strict=True)]
-    assert together == steps(batch_size=batch_size * world_size)
-
-
-@pytest.mark.parametrize("start_step", [0, 1, 6, 7, 39, 40])
-def test_resumed_order_goes_on_where_it_was(start_step):
-    rank = {"rank": 1, "world_size": 3}
-    assert steps(start_step=start_step, **rank) == steps(**rank)[start_step:]
-    assert len(EndlessBatches(50, 8, 40, seed=3, start_step=start_step)) == 40
-
-
-def test_a_batch_may_be_larger_than_an_epoch():
-    batch = steps(num_items=3, batch_size=8, num_steps=1)[0]
-    assert [sorted(batch[:3]), sorted(batch[3:6])] == [[0, 1, 2], [0, 1, 2]]
 
 
 # --- mirror

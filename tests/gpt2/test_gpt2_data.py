@@ -13,10 +13,11 @@ import torch
 from flashlab import object_storage
 from flashlab.errors import UserError
 from flashlab.gpt2 import data
-from flashlab.gpt2.data import Blocks, EndlessBatches, OrderedBatches, loader
+from flashlab.gpt2.data import Blocks, OrderedBatches, ShuffledShards
 from flashlab.gpt2.prepare import prepare
 from flashlab.gpt2.tokenizer import ByteTokenizer, load_tokenizer
 from flashlab.gpt2.tokens import SCHEMA_VERSION, checksum, open_set
+from flashlab.training.batches import EndlessBatches, loader
 from object_store import KEYS, object_store
 
 BLOCK = 100
@@ -74,9 +75,8 @@ def test_litdata_reads_the_set_by_itself(token_set):
 # --- the order
 
 
-def order(**how):
-    settings = {"per_shard": PER_SHARD, "batch_size": 4, "num_steps": 70, "seed": 3} | how
-    return list(EndlessBatches(**settings))
+def order(per_shard=PER_SHARD, seed=3, **how):
+    return list(EndlessBatches(ShuffledShards(per_shard, seed), **{"batch_size": 4, "num_steps": 70} | how))
 
 
 def flat(batches):
@@ -106,11 +106,11 @@ def test_accumulated_micro_batches_are_the_batch():
 @pytest.mark.parametrize("start_step", [1, 26, 27, 28, 69, 70])
 def test_a_run_that_is_resumed_reads_on_where_it_was(start_step):
     assert order(start_step=start_step) == order()[start_step:]
-    assert len(EndlessBatches(PER_SHARD, 4, 70, seed=3, start_step=start_step)) == 70
+    assert len(EndlessBatches(ShuffledShards(PER_SHARD, 3), 4, 70, start_step=start_step)) == 70
 
 
 def test_a_run_is_resumed_on_another_number_of_ranks():
-    ranks = [order(rank=rank, world_size=3, start_step=20, start_block=80) for rank in range(3)]
+    ranks = [order(rank=rank, world_size=3, start_step=20, start_item=80) for rank in range(3)]
     rest = flat(flat(batches) for batches in zip(*ranks, strict=True))
     assert rest == flat(order(num_steps=20 + 150))[80:]
 
@@ -152,7 +152,7 @@ def test_validation_reads_all_blocks_once_in_order():
 
 def batches_of(path, num_workers=0, start_step=0):
     blocks = Blocks(open_set(path), "train", BLOCK)
-    batches = EndlessBatches(blocks.per_shard, 16, 90, seed=5, start_step=start_step)
+    batches = EndlessBatches(ShuffledShards(blocks.per_shard, 5), 16, 90, start_step=start_step)
     return list(loader(blocks, batches, num_workers=num_workers))
 
 
@@ -179,7 +179,8 @@ def test_a_set_gives_the_same_batches_from_wherever_it_is_read(
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     read = batches_of(bucket if where == "s3" else token_set, num_workers)
     expected = stored_blocks(open_set(token_set), "train")
-    order = list(EndlessBatches(Blocks(open_set(token_set), "train", BLOCK).per_shard, 16, 90, seed=5))
+    per_shard = Blocks(open_set(token_set), "train", BLOCK).per_shard
+    order = list(EndlessBatches(ShuffledShards(per_shard, 5), 16, 90))
     assert len(expected) / 4 < 90 * 16
     assert all(torch.equal(batch, expected[indices]) for batch, indices in zip(read, order, strict=True))
     resumed = batches_of(bucket if where == "s3" else token_set, num_workers, start_step=80)
@@ -204,7 +205,7 @@ def test_what_is_streamed_is_kept_in_part_and_fetched_once_while_kept(token_set,
     monkeypatch.setattr(data._Cache, "_fetch", lambda self, number: fetched.update([number]) or fetch(self, number))
     blocks = Blocks(open_set(bucket), "train", BLOCK)
     expected = stored_blocks(open_set(token_set), "train")
-    for batch in EndlessBatches(blocks.per_shard, 16, len(blocks) // 16, seed=5):
+    for batch in EndlessBatches(ShuffledShards(blocks.per_shard, 5), 16, len(blocks) // 16):
         assert torch.equal(blocks.__getitems__(batch), expected[batch])
         [cache] = tmp_path.glob("flashlab-*")
         assert len(list(cache.glob("shard-*"))) <= 6
@@ -356,5 +357,5 @@ def test_too_little_text_for_a_block_is_refused(token_set):
 
 def test_islice_of_an_endless_run_is_cheap():
     """A set of 50,000 shards: the order of the first steps needs no list of its hundred million blocks."""
-    batches = EndlessBatches([4000] * 50_000, 8, 10**9, seed=0, start_step=10**8)
+    batches = EndlessBatches(ShuffledShards([4000] * 50_000, 0), 8, 10**9, start_step=10**8)
     assert len(list(islice(batches, 3))) == 3

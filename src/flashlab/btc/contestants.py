@@ -16,13 +16,15 @@ from torch.profiler import ProfilerActivity, profile
 from flashlab.attention.flash import import_problem
 from flashlab.btc.callbacks import AverageWeights
 from flashlab.btc.captured import CapturedStep
-from flashlab.btc.dataset import DataConfig, EndlessBatches, Windows
+from flashlab.btc.dataset import DataConfig, Windows
 from flashlab.btc.evaluate import read_config
 from flashlab.btc.prepare import open_set
 from flashlab.btc.profile import FIRST_STEP, STEPS, summarise
 from flashlab.btc.published import PublishedModule, loader, write_windows
-from flashlab.btc.train import make_module, read_record
+from flashlab.btc.train import make_module
 from flashlab.btc.windows import part_windows
+from flashlab.training.batches import EndlessBatches, Shuffled
+from flashlab.training.run import read_record
 from flashlab.worker import Worker, WorkerLost
 
 Contestant = Literal["published", "plain", "captured", "bare"]
@@ -149,7 +151,7 @@ def bare_step(data: str, batch_size: int, steps: int, run: Path) -> Row:
         lambda: average.update(module),
     )
     warm_up = FIRST_STEP
-    batches = EndlessBatches(len(windows), batch_size, warm_up + steps + STEPS, seed=config["seed"])
+    batches = EndlessBatches(Shuffled(len(windows), config["seed"]), batch_size, warm_up + steps + STEPS)
     items = (torch.tensor(batch).pin_memory().to(module.device, non_blocking=True) for batch in batches)
     for _ in range(warm_up):
         step(next(items))

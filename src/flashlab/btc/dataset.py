@@ -1,24 +1,20 @@
-"""Windows of a prepared set, from memory or streamed, in an order that depends on seed and epoch alone."""
+"""Windows of a prepared set, from memory or streamed."""
 
-import os
-import signal
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import lru_cache
 from multiprocessing.util import Finalize
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler, default_convert
+from torch.utils.data import Dataset
 
 from flashlab.btc.bars import FEATURES
 from flashlab.btc.prepare import PreparedSet, stream_blocks
-from flashlab.errors import UserError
 
 MIRROR_ORDER = [FEATURES.index(name) for name in ("open", "low", "high", "close")]
 VOLUME = FEATURES.index("volume")
@@ -133,91 +129,3 @@ def _from_chunks(prepared: PreparedSet) -> ReadWindows:
 
     Finalize(read, stack.close, exitpriority=0)  # the chunk cache goes with its reader, or with the process
     return read
-
-
-class EndlessBatches(Sampler[list[int]]):
-    """Batches of item numbers, epoch after epoch, as if from one long list.
-
-    Epoch e is a permutation of the items drawn from (seed, e). Step t takes the next ``batch_size * world_size`` items,
-    of which every rank has its own slice: together the ranks see what one rank with the whole batch would see, whatever
-    the loader's workers. Training is resumed by starting at a later step and item, on as many ranks as there are then.
-
-    Args:
-        num_items: length of the data set.
-        batch_size: per rank.
-        num_steps: of the whole run.
-        seed: of the order.
-        rank: of this process among the world_size that train together.
-        world_size: how many train together.
-        start_step: steps that were done before.
-        start_item: items that they took; by default, as many as steps of this size take.
-    """
-
-    def __init__(
-        self,
-        num_items: int,
-        batch_size: int,
-        num_steps: int,
-        *,
-        seed: int,
-        rank: int = 0,
-        world_size: int = 1,
-        start_step: int = 0,
-        start_item: int | None = None,
-    ) -> None:
-        self.num_items, self.batch_size, self.num_steps = num_items, batch_size, num_steps
-        self.seed, self.rank, self.world_size, self.start_step = seed, rank, world_size, start_step
-        self.start_item = start_step * batch_size * world_size if start_item is None else start_item
-
-    def __len__(self) -> int:
-        """Return the steps of the whole run: what came before a resumed start counts."""
-        return self.num_steps
-
-    def __iter__(self) -> Iterator[list[int]]:
-        @lru_cache(maxsize=2)
-        def order(epoch: int) -> np.ndarray:
-            return np.random.default_rng((self.seed, epoch)).permutation(self.num_items)
-
-        for step in range(self.start_step, self.num_steps):
-            first = self.start_item + ((step - self.start_step) * self.world_size + self.rank) * self.batch_size
-            epochs, positions = np.divmod(np.arange(first, first + self.batch_size), self.num_items)
-            yield [
-                int(order(epoch)[position]) for epoch, position in zip(epochs.tolist(), positions.tolist(), strict=True)
-            ]
-
-
-def _end_well(worker: int) -> None:
-    """Let a worker that is terminated, as by a process that ends early, take its chunk cache away."""
-    os.setpgid(0, 0)  # torchrun, Docker and Ctrl-C stop whole groups, and training needs its workers for what is left
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit())
-
-
-class Loader(DataLoader[Tensor]):
-    """A DataLoader that passes on the `UserError` of a worker as it was, without the traceback that torch adds."""
-
-    def __iter__(self) -> Iterator[Tensor]:  # type: ignore[override]
-        try:
-            yield from super().__iter__()
-        except UserError as error:
-            error.__traceback__ = None  # it is in a cycle, in which the workers would outlive their queues
-            raise UserError(str(error).rpartition("UserError: ")[2].strip()) from None
-
-
-def loader(
-    windows: Any,
-    batches: Sampler[list[int]] | None = None,
-    *,
-    batch_size: int = 32,
-    num_workers: int = 0,
-    pin_memory: bool = False,
-) -> Loader:
-    """Load `Windows`, or a range of their numbers, in the given batches, or all of them once in their order."""
-    sampling = {"batch_sampler": batches} if batches is not None else {"batch_size": batch_size}
-    return Loader(
-        windows,
-        num_workers=num_workers,
-        collate_fn=torch.tensor if isinstance(windows, range) else default_convert,
-        pin_memory=pin_memory,
-        worker_init_fn=_end_well,
-        **sampling,
-    )

@@ -12,17 +12,19 @@ from rich.progress import track
 
 from flashlab.btc.bars import Bars, log_features
 from flashlab.btc.baselines import BASELINES, LAGS
-from flashlab.btc.callbacks import BEST
-from flashlab.btc.dataset import Windows, loader
+from flashlab.btc.dataset import Windows
 from flashlab.btc.metrics import evaluate_forecasts
 from flashlab.btc.model import Forecaster
 from flashlab.btc.module import load_forecaster
 from flashlab.btc.prepare import PreparedSet, open_set
 from flashlab.btc.report import print_summary
-from flashlab.btc.train import check_context, read_record
+from flashlab.btc.train import check_context
 from flashlab.btc.windows import part_windows, scored_windows
 from flashlab.errors import UserError, writing
 from flashlab.machine import identify
+from flashlab.training.batches import loader
+from flashlab.training.callbacks import BEST
+from flashlab.training.run import read_record
 
 
 def evaluate(

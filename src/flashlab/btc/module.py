@@ -12,17 +12,18 @@ from jsonargparse.typing import (
     PositiveFloat,
     restricted_number_type,
 )
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import LightningModule
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from flashlab.btc.callbacks import AverageWeights
 from flashlab.btc.captured import CapturedStep, mean_over_processes
-from flashlab.btc.dataset import DataConfig, EndlessBatches, Windows, loader
+from flashlab.btc.dataset import DataConfig, Windows
 from flashlab.btc.model import Forecaster, ModelConfig
 from flashlab.btc.prepare import PreparedSet
 from flashlab.btc.windows import part_windows
-from flashlab.errors import UserError
+from flashlab.training.batches import ResumedData, Shuffled, loader
+from flashlab.training.run import loading
 
 if TYPE_CHECKING:
     Decay = float
@@ -160,8 +161,8 @@ class ForecasterModule(LightningModule):
         return [optimizer], schedules
 
 
-class BarsDataModule(LightningDataModule):
-    """Training and validation windows of a prepared set, resumed at the step and window that training has reached.
+class BarsDataModule(ResumedData):
+    """Training and validation windows of a prepared set.
 
     Args:
         prepared: the set.
@@ -174,9 +175,6 @@ class BarsDataModule(LightningDataModule):
     def __init__(
         self, prepared: PreparedSet, config: DataConfig, max_steps: int, seed: int, *, resident: bool = False
     ) -> None:
-        super().__init__()
-        self.config, self.max_steps, self.seed, self.resident = config, max_steps, seed, resident
-        self._began = {"step": 0, "item": 0}
         self.train_windows, self.val_windows = (
             Windows(
                 prepared,
@@ -187,42 +185,19 @@ class BarsDataModule(LightningDataModule):
             )
             for part, stride, mirror in (("train", config.stride, config.mirror), ("validation", None, False))
         )
+        super().__init__(Shuffled(len(self.train_windows), seed), config.batch_size, max_steps)
+        self.config, self.resident = config, resident
 
     def train_dataloader(self) -> DataLoader[Tensor]:
-        windows = self.train_windows
-        batches = EndlessBatches(
-            len(windows),
-            self.config.batch_size,
-            self.max_steps,
-            seed=self.seed,
-            rank=self._trainer.global_rank,
-            world_size=self._trainer.world_size,
-            start_step=self._began["step"],
-            start_item=self._began["item"],
-        )
         return loader(
-            range(len(windows)) if self.resident else windows,
-            batches,
+            range(len(self.train_windows)) if self.resident else self.train_windows,
+            self.train_batches(),
             num_workers=0 if self.resident else self.config.num_workers,
             pin_memory=torch.cuda.is_available(),
         )
 
     def val_dataloader(self) -> DataLoader[Tensor]:
         return loader(self.val_windows, batch_size=self.config.batch_size)
-
-    @property
-    def _trainer(self) -> Trainer:
-        assert self.trainer is not None
-        return self.trainer
-
-    def state_dict(self) -> dict[str, int]:
-        """Say how far the windows were dealt out: by how many processes may be another thing each time."""
-        step = self._trainer.global_step
-        dealt = (step - self._began["step"]) * self.config.batch_size * self._trainer.world_size
-        return {"step": step, "item": self._began["item"] + dealt}
-
-    def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        self._began = state_dict
 
 
 def load_forecaster(path: Path) -> ForecasterModule:
@@ -231,19 +206,5 @@ def load_forecaster(path: Path) -> ForecasterModule:
     Raises:
         UserError: there is no checkpoint, or it is damaged or of another shape.
     """
-    try:
+    with loading(path, "flashlab train"):
         return ForecasterModule.load_from_checkpoint(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(
-            f"{path} does not exist: no validation was reached there; go on with `flashlab train ... --resume`"
-        ) from None
-    except Exception as error:  # a damaged file fails in as many ways as there are bytes
-        raise UserError(
-            f"{path} cannot be loaded ({one_line(error)}); take another checkpoint or train again"
-        ) from error
-
-
-def one_line(error: Exception) -> str:
-    """Say why a checkpoint did not load, in one line."""
-    reason = " ".join(str(error).split()).rpartition("WeightsUnpickler error: ")[2]  # what torch says last, at length
-    return reason.split(". ")[0][:200] or type(error).__name__

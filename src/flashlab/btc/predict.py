@@ -17,14 +17,14 @@ from jsonargparse.typing import PositiveInt
 from rich.progress import track
 
 from flashlab.btc.bars import FEATURES, HEAD_BYTES, HEADER, Bars, fill_missing, read_bars, segments, stream_bars
-from flashlab.btc.callbacks import BEST
 from flashlab.btc.evaluate import read_config
 from flashlab.btc.model import CLOSE, PRICES, VOLUME, WARM_UP, Forecaster
 from flashlab.btc.module import load_forecaster
 from flashlab.btc.stream import Stream
-from flashlab.btc.train import read_record
 from flashlab.btc.windows import rolling_windows
 from flashlab.errors import UserError, replacing
+from flashlab.training.callbacks import BEST
+from flashlab.training.run import read_record
 
 STREAM = Path("-")
 ROW = "%d" + len(FEATURES) * ",%.8g" + "\n"  # a float32 has no more digits

@@ -2,8 +2,6 @@
 
 import bisect
 import os
-import signal
-import sys
 import tempfile
 import zlib
 from collections.abc import Iterator, Sequence
@@ -18,11 +16,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler, default_convert
+from torch.utils.data import Dataset, Sampler
 
 from flashlab.errors import UserError, writing
 from flashlab.gpt2.tokens import INDEX, Part, TokenSet
 from flashlab.object_storage import open_storage
+from flashlab.training.batches import Order
 
 SHARDS_TOGETHER = 32  # whose blocks are shuffled among each other: 128 M tokens of GPT-2, 256 MB
 KEPT = 2 * SHARDS_TOGETHER  # of what is streamed
@@ -152,63 +151,34 @@ class _Cache:
         return path
 
 
-class EndlessBatches(Sampler[list[int]]):
-    """Batches of block numbers, epoch after epoch, as if from one long list.
+class ShuffledShards(Order):
+    """Blocks shuffled within groups of shards.
 
     Epoch e puts the shards into an order drawn from (seed, e), and shuffles the blocks of every 32 of them that follow
     each other: as good as a shuffle of all for text, it needs no list of all blocks, and a set that is streamed is
-    fetched shard by shard. Step t takes the next ``batch_size * world_size`` blocks, of which every rank has its own
-    slice: together the ranks see what one rank with the whole batch would see. With gradient accumulation every
-    micro-batch is a step. Training is resumed by starting at a later step and block, on as many ranks as there are
-    then.
+    fetched shard by shard.
 
     Args:
         per_shard: how many blocks each shard has.
-        batch_size: blocks per step and rank.
-        num_steps: of the whole run.
         seed: of the order.
-        rank: of this process among the world_size that train together.
-        world_size: how many train together.
-        start_step: steps that were done before.
-        start_block: blocks that they took; by default, as many as steps of this size take.
     """
 
-    def __init__(
-        self,
-        per_shard: Sequence[int],
-        batch_size: int,
-        num_steps: int,
-        *,
-        seed: int,
-        rank: int = 0,
-        world_size: int = 1,
-        start_step: int = 0,
-        start_block: int | None = None,
-    ) -> None:
-        self.per_shard = np.asarray(per_shard)
+    def __init__(self, per_shard: Sequence[int], seed: int) -> None:
+        self.per_shard, self.seed = np.asarray(per_shard), seed
         self.firsts = np.cumsum(self.per_shard) - self.per_shard
-        self.num_blocks = int(self.per_shard.sum())
-        self.batch_size, self.num_steps, self.seed = batch_size, num_steps, seed
-        self.rank, self.world_size, self.start_step = rank, world_size, start_step
-        self.start_block = start_step * batch_size * world_size if start_block is None else start_block
+        self.num_items = int(self.per_shard.sum())
+        self._groups_of = lru_cache(maxsize=2)(self._groups)
+        self._order_of = lru_cache(maxsize=2)(self._order)
 
-    def __len__(self) -> int:
-        """Return the steps of the whole run: what came before a resumed start counts."""
-        return self.num_steps
-
-    def __iter__(self) -> Iterator[list[int]]:
-        groups_of = lru_cache(maxsize=2)(self._groups)
-        order_of = lru_cache(maxsize=2)(self._order)
-        for step in range(self.start_step, self.num_steps):
-            first = self.start_block + ((step - self.start_step) * self.world_size + self.rank) * self.batch_size
-            batch = []
-            for number in range(first, first + self.batch_size):
-                epoch, place = divmod(number, self.num_blocks)
-                shards, ends = groups_of(epoch)
-                group = bisect.bisect_right(ends, place)
-                before = ends[group - 1] if group else 0
-                batch.append(int(order_of(epoch, group, tuple(shards[group]))[place - before]))
-            yield batch
+    def items(self, epoch: int, places: np.ndarray) -> list[int]:
+        """Return the blocks at some places of an epoch."""
+        shards, ends = self._groups_of(epoch)
+        blocks = []
+        for place in places.tolist():
+            group = bisect.bisect_right(ends, place)
+            before = ends[group - 1] if group else 0
+            blocks.append(int(self._order_of(epoch, group, tuple(shards[group]))[place - before]))
+        return blocks
 
     def _groups(self, epoch: int) -> tuple[list[list[int]], list[int]]:
         """Return the shards of an epoch that are read together, and where in the epoch each such group ends."""
@@ -249,45 +219,3 @@ class OrderedBatches(Sampler[list[int]]):
     def __iter__(self) -> Iterator[list[int]]:
         for start in range(0, len(self.blocks), self.batch_size):
             yield self.blocks[start : start + self.batch_size]
-
-
-def _end_well(worker: int) -> None:
-    """Let a worker that is terminated, as by a process that ends early, take what it fetched away."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit())
-
-
-class Loader(DataLoader[Tensor]):
-    """A DataLoader that passes on the `UserError` of a worker as it was, without the traceback that torch adds."""
-
-    def __iter__(self) -> Iterator[Tensor]:  # type: ignore[override]
-        try:
-            yield from super().__iter__()
-        except UserError as error:
-            error.__traceback__ = None  # it is in a cycle, in which the workers would outlive their queues
-            raise UserError(str(error).rpartition("UserError: ")[2].strip()) from None
-
-
-def loader(
-    blocks: Blocks,
-    batches: Sampler[list[int]],
-    *,
-    num_workers: int = 0,
-    pin_memory: bool = False,
-) -> Loader:
-    """Load blocks in the given batches, as int64 ``[B, block_size + 1]``.
-
-    Args:
-        blocks: the part.
-        batches: which blocks, in which order.
-        num_workers: processes that load; a set on a local disk needs none, one that is streamed does.
-        pin_memory: load into memory that copies to a GPU fast.
-    """
-    return Loader(
-        blocks,
-        batch_sampler=batches,
-        num_workers=num_workers,
-        collate_fn=default_convert,
-        pin_memory=pin_memory,
-        worker_init_fn=_end_well,
-        prefetch_factor=8 if num_workers else None,
-    )

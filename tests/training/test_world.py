@@ -16,8 +16,8 @@ from torch.distributed import TCPStore
 from torch.distributed.run import get_args_parser
 
 from flashlab import cli
-from flashlab.btc.world import SameStart, choose_size, lost_peers
 from flashlab.errors import UserError
+from flashlab.training.world import SameStart, choose_size, lost_peers
 
 ROOT = Path(__file__).parents[2]
 TINY = (

@@ -1,0 +1,228 @@
+"""GPT-2 as Lightning trains it: loss, optimiser, schedule, and the tokens it is fed."""
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import LightningModule
+from lightning.pytorch.strategies.parallel import ParallelStrategy
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.utils.data import DataLoader
+
+from flashlab.errors import UserError
+from flashlab.gpt2.config import GPTConfig
+from flashlab.gpt2.data import Blocks, OrderedBatches, ShuffledShards
+from flashlab.gpt2.loss import IGNORED
+from flashlab.gpt2.model import GPT
+from flashlab.gpt2.options import OptimizerConfig
+from flashlab.gpt2.tokenizer import VOCABULARY, BytePairTokenizer, ByteTokenizer, Tokenizer
+from flashlab.training.batches import ResumedData, loader
+from flashlab.training.callbacks import BEST
+from flashlab.training.run import loading
+
+# Options of `GPTConfig` that say how a model is computed, not what it is: a run may be resumed with others.
+COMPUTED = ("backend", "loss", "activation_checkpointing", "dropout")
+
+
+class GPTModule(LightningModule):
+    """GPT-2 with its optimiser. What tells one run from another stands in every checkpoint.
+
+    A batch is all that a process computes for one step: it is cut into micro-batches here, so that for Lightning, its
+    callbacks and its checkpoints there are steps and nothing between them.
+
+    Args:
+        config: the shape, as asked for.
+        optimizer: how it learns.
+        tokenizer: of the tokens, as its `describe` says.
+        tokens: which tokens these are.
+        strategy: ddp or fsdp; it decides how a checkpoint keeps the optimiser's state.
+        chosen: what the run has in place of auto in `config`.
+        batch_size: sequences of a micro-batch.
+        max_steps: of the whole run.
+        tokens_per_step: of all processes.
+        gradient_clip_val: largest norm of the gradient.
+        compiled: whether torch.compile makes the kernels.
+        seed: of dropout.
+    """
+
+    def __init__(
+        self,
+        config: GPTConfig,
+        optimizer: OptimizerConfig,
+        tokenizer: dict[str, Any],
+        tokens: str,
+        strategy: str,
+        *,
+        chosen: GPTConfig,
+        batch_size: int,
+        max_steps: int,
+        tokens_per_step: int,
+        gradient_clip_val: float,
+        compiled: bool,
+        seed: int,
+    ) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        kept = {"model": asdict(config), "optimizer": asdict(optimizer), "tokenizer": tokenizer, "tokens": tokens}
+        self.save_hyperparameters(kept | {"trainer": {"strategy": strategy}}, logger=False)
+        self.gpt = GPT(chosen)
+        self.config, self.strategy, self.compiled = optimizer, strategy, compiled
+        self.batch_size, self.max_steps, self.tokens_per_step = batch_size, max_steps, tokens_per_step
+        self.gradient_clip_val, self.seed = gradient_clip_val, seed
+
+    def configure_model(self) -> None:
+        """Compile the model, and share it out among the GPUs if that is the strategy."""
+        if self.compiled and self.strategy == "ddp":
+            # DDP would cut the graph so as to exchange gradients early, and cannot where it has operators of its own
+            # kind, as the loss is one. Exchanging them once behind the last micro-batch takes little.
+            torch._dynamo.config.optimize_ddp = False
+            self.gpt.compile(dynamic=False)
+        if self.strategy == "fsdp":
+            how: dict[str, Any] = {"mesh": self.device_mesh["data_parallel"]}  # type: ignore[index]
+            if self.trainer.precision == "bf16-mixed":  # gathered in 16 bits; rotary angles are not rounded to them
+                how["mp_policy"] = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+            for block in self.gpt.h:
+                if self.compiled:
+                    block.compile(dynamic=False)  # type: ignore[operator]
+                fully_shard(block, **how)
+            fully_shard(self.gpt, **how)
+
+    def training_step(self, blocks: Tensor) -> None:
+        trainer, optimizer = self.trainer, self.optimizers()
+        step = trainer.global_step
+        if self.gpt.config.dropout:  # arithmetic too: a resumed run drops the same, and no two processes do
+            state = np.random.SeedSequence((self.seed, step, self.global_rank)).generate_state(1, np.uint64)
+            torch.manual_seed(int(state[0]))
+        rate = self.config.rate(step, self.max_steps, self.tokens_per_step)
+        for group in optimizer.param_groups:  # type: ignore[union-attr]
+            group["lr"] = rate
+        micro_batches = blocks.split(self.batch_size)
+        total = torch.zeros((), device=self.device)
+        for number, micro_batch in enumerate(micro_batches, start=1):
+            loss = self.gpt(micro_batch[:, :-1], micro_batch[:, 1:]) / len(micro_batches)
+            total += loss.detach()
+            exchange = nullcontext() if number == len(micro_batches) else self._without_exchange()
+            with exchange, torch.autocast(self.device.type, enabled=False):
+                self.manual_backward(loss)
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters(), self.gradient_clip_val, foreach=True)
+        optimizer.step()  # type: ignore[union-attr]
+        optimizer.zero_grad()  # type: ignore[union-attr]
+        if (step + 1) % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+            # Not for the bar: Lightning would read it at every step.
+            self.log("train/loss", total, sync_dist=True)
+            self.log("train/grad_norm", norm.full_tensor() if isinstance(norm, DTensor) else norm)
+            self.log("train/lr", rate)
+
+    def _without_exchange(self) -> AbstractContextManager[Any]:
+        """Keep gradients in this process: of several micro-batches they are exchanged once (by fsdp, each time)."""
+        strategy = self.trainer.strategy
+        return strategy.block_backward_sync() if isinstance(strategy, ParallelStrategy) else nullcontext()
+
+    def on_validation_epoch_start(self) -> None:
+        self._seen = torch.zeros(2, device=self.device, dtype=torch.float64)
+
+    def validation_step(self, blocks: Tensor) -> None:
+        # The last batch is filled up, so that all have one shape and none is compiled anew.
+        targets = F.pad(blocks[:, 1:], (0, 0, 0, self.batch_size - len(blocks)), value=IGNORED)
+        inputs = F.pad(blocks[:, :-1], (0, 0, 0, self.batch_size - len(blocks)))
+        self._seen += torch.stack([self.gpt(inputs, targets).double(), self._seen.new_ones(())]) * len(blocks)
+
+    def on_validation_epoch_end(self) -> None:
+        total, count = self.trainer.strategy.reduce(self._seen, reduce_op="sum")
+        self.log("val/loss", (total / count).float(), sync_dist=True)  # equal in all processes, but Lightning asks
+        self.log("val/perplexity", (total / count).exp().float(), sync_dist=True)
+        if isinstance(self.gpt, FSDPModule):
+            self.gpt.reshard()  # a backward pass would have done it
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        matrices = [parameter for parameter in self.parameters() if parameter.ndim > 1]
+        vectors = [parameter for parameter in self.parameters() if parameter.ndim < 2]
+        groups = [
+            {"params": matrices, "weight_decay": self.config.weight_decay},
+            {"params": vectors, "weight_decay": 0.0},
+        ]
+        return torch.optim.AdamW(groups, lr=self.config.lr, betas=self.config.betas, fused=True)
+
+
+class TokensDataModule(ResumedData):
+    """Training and validation blocks of a token set.
+
+    Args:
+        train: blocks of the training part.
+        validation: blocks of the validation part.
+        batch_size: sequences of a micro-batch.
+        accumulated: micro-batches of a step.
+        max_steps: of the whole run.
+        val_batches: micro-batches of a validation, of all processes together; None for all.
+        seed: of the order.
+        num_workers: processes that load.
+    """
+
+    def __init__(
+        self,
+        train: Blocks,
+        validation: Blocks,
+        *,
+        batch_size: int,
+        accumulated: int,
+        max_steps: int,
+        val_batches: int | None,
+        seed: int,
+        num_workers: int,
+    ) -> None:
+        super().__init__(ShuffledShards(train.per_shard, seed), batch_size * accumulated, max_steps)
+        self.train, self.validation, self.num_workers = train, validation, num_workers
+        self.val_batch_size, self.val_batches = batch_size, val_batches
+
+    def train_dataloader(self) -> DataLoader[Tensor]:
+        return self._load(self.train, self.train_batches())
+
+    def val_dataloader(self) -> DataLoader[Tensor]:
+        assert self.trainer is not None
+        world = {"rank": self.trainer.global_rank, "world_size": self.trainer.world_size}
+        most = self.val_batches and -(-self.val_batches // self.trainer.world_size)
+        batches = OrderedBatches(len(self.validation), self.val_batch_size, max_batches=most, **world)
+        return self._load(self.validation, batches)
+
+    def _load(self, blocks: Blocks, batches: Any) -> DataLoader[Tensor]:
+        pinned = torch.cuda.is_available()
+        return loader(blocks, batches, num_workers=self.num_workers, prefetch=8, pin_memory=pinned)
+
+
+def load_gpt(run: Path, checkpoint: str = BEST) -> tuple[GPT, Tokenizer]:
+    """Load a trained model and its tokenizer, without executing what the files may hold.
+
+    The model is in evaluation mode, on the CPU, and chooses its attention backend by itself.
+
+    Args:
+        run: folder of the run.
+        checkpoint: file in its checkpoints.
+
+    Raises:
+        UserError: there is no checkpoint, it is damaged or of another shape, or the vocabulary is not its own.
+    """
+    path = run / "checkpoints" / checkpoint
+    with loading(path, "flashlab gpt2 train"):
+        kept = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        described = kept["hyper_parameters"]["tokenizer"]
+        how = {"backend": "auto", "loss": "auto", "activation_checkpointing": False, "dropout": 0.0}
+        model = GPT(GPTConfig(**kept["hyper_parameters"]["model"] | how))
+        weights = {name.removeprefix("gpt."): weight for name, weight in kept["state_dict"].items()}
+        model.load_state_dict(weights)
+    tokenizer: Tokenizer = ByteTokenizer()
+    if described["name"] != tokenizer.name:
+        vocabulary = run / VOCABULARY
+        try:
+            tokenizer = BytePairTokenizer.from_tiktoken(vocabulary.read_bytes(), str(vocabulary))
+        except OSError as error:
+            raise UserError(
+                f"cannot read {vocabulary}: {error.strerror}; copy it from the token set that the run was trained on"
+            ) from error
+    tokenizer.require(described, str(path))
+    return model.eval(), tokenizer

@@ -1,0 +1,257 @@
+"""Train GPT-2 with Lightning."""
+
+import sys
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jsonargparse.typing import restricted_number_type
+from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch.callbacks import Callback, EarlyStopping
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+
+from flashlab.attention import AttentionSpec, resolve
+from flashlab.errors import UserError, replacing
+from flashlab.gpt2 import huggingface
+from flashlab.gpt2.config import GPTConfig, flops_per_token, num_parameters
+from flashlab.gpt2.data import Blocks
+from flashlab.gpt2.hardware import peak_flops
+from flashlab.gpt2.loss import resolve as resolve_loss
+from flashlab.gpt2.module import COMPUTED, GPTModule, TokensDataModule
+from flashlab.gpt2.options import DataConfig, LoggerConfig, ModelConfig, OptimizerConfig, TrainerConfig
+from flashlab.gpt2.tokenizer import VOCABULARY
+from flashlab.gpt2.tokens import TokenSet, open_set
+from flashlab.training.callbacks import (
+    AtomicCheckpointIO,
+    BestCheckpoint,
+    Checkpoints,
+    Progress,
+    ProgressLines,
+    Speed,
+)
+from flashlab.training.run import Run, choose_accelerator, choose_precision, plain, quieten, why_not_compiled
+from flashlab.training.world import TIMEOUT, SameStart, choose_size
+
+if TYPE_CHECKING:
+    Seed = int
+else:
+    Seed = restricted_number_type("Seed", int, [(">=", 0), ("<", 2**32)])
+
+
+def train(
+    *,
+    data: DataConfig = DataConfig(),  # noqa: B008 - frozen
+    model: ModelConfig = ModelConfig(),  # noqa: B008
+    optimizer: OptimizerConfig = OptimizerConfig(),  # noqa: B008
+    trainer: TrainerConfig = TrainerConfig(),  # noqa: B008
+    logger: LoggerConfig = LoggerConfig(),  # noqa: B008
+    init: Path | None = None,
+    run: Path = Path("runs/gpt2"),
+    resume: bool = False,
+    seed: Seed = 0,
+) -> int:
+    """Train GPT-2 on a token set.
+
+    The run folder gets config.yaml, run.json, curves and checkpoints: best.ckpt (lowest validation loss) and last.ckpt.
+    SIGTERM and Ctrl-C write last.ckpt and end the run; --resume goes on from there, block for block.
+
+    Args:
+        data: what is read.
+        model: the shape.
+        optimizer: how it learns.
+        trainer: how long, and on what.
+        logger: where curves go; TensorBoard files in the run folder by default.
+        init: folder with weights in Hugging Face's GPT-2 format to begin with, instead of random ones.
+        run: folder of the run.
+        resume: continue the run in the folder from its last good checkpoint; start it if there is none.
+        seed: of initial weights and order of blocks.
+
+    Raises:
+        UserError: the token set or the run folder cannot be used, a value is impossible, or the GPU is not there.
+    """
+    data, model, optimizer, trainer = plain(data), plain(model), plain(optimizer), plain(trainer)
+    seed = int(seed)
+    config: dict[str, Any] = {
+        "data": asdict(data),
+        "model": asdict(model),
+        "optimizer": asdict(optimizer),
+        "trainer": asdict(trainer),
+        "logger": asdict(plain(logger)),
+        "init": str(init) if init else None,
+        "seed": seed,
+    }
+    devices, num_nodes = choose_size(trainer.devices, trainer.num_nodes)
+    trainer = replace(trainer, devices=devices, num_nodes=num_nodes)
+    world_size = devices * num_nodes
+    tokens = open_set(data.path)
+    this = Run.open(run, resume=resume)
+    shape = model.shape(tokens.vocab_size)
+    blocks, val_blocks = Blocks(tokens, "train", shape.block_size), Blocks(tokens, "validation", shape.block_size)
+    if len(val_blocks) < world_size:
+        raise UserError(
+            f"{tokens.path}: the validation part has {len(val_blocks)} blocks of {shape.block_size:,} + 1 tokens for "
+            f"{world_size} processes; take a smaller --model.block_size, or prepare more text"
+        )
+    accumulated = trainer.accumulated(data.batch_size, shape.block_size)
+    tokens_per_step = accumulated * data.batch_size * shape.block_size * world_size
+    max_steps = trainer.steps(tokens_per_step, len(blocks) * shape.block_size)
+    if (warmup := optimizer.warmup(tokens_per_step)) >= max_steps:
+        raise UserError(
+            f"the warm-up of {warmup:,} steps is not shorter than the run of {max_steps:,}; lower "
+            "--optimizer.warmup_steps or warmup_tokens, or train for longer"
+        )
+    if optimizer.min_lr > optimizer.lr:
+        raise UserError(f"--optimizer.min_lr {optimizer.min_lr} is above --optimizer.lr {optimizer.lr}; lower it")
+    trained_on = tokens.manifest["folder"]
+    kept = {name: value for name, value in asdict(shape).items() if name not in COMPUTED}
+    if this.is_trained(trained_on, [kept, config["optimizer"]], f"other tokens than {data.path} holds"):
+        return 0
+    accelerator = choose_accelerator(trainer.accelerator, devices)
+    precision = choose_precision(trainer.precision, accelerator)
+    if trainer.strategy == "fsdp" and world_size == 1:
+        raise UserError("--trainer.strategy fsdp shares a model out among several devices; give --trainer.devices")
+    compiled, why_not = _choose_compile(trainer, accelerator)
+    chosen = _choose_kernels(shape, data.batch_size, accelerator, precision, compiled and trainer.strategy == "ddp")
+    curves = logger.make(run)
+
+    quieten()
+    torch.set_float32_matmul_precision("high")
+    seed_everything(seed, workers=True, verbose=False)
+    module = GPTModule(
+        shape,
+        optimizer,
+        tokens.manifest["tokenizer"],
+        trained_on,
+        trainer.strategy,
+        chosen=chosen,
+        batch_size=data.batch_size,
+        max_steps=max_steps,
+        tokens_per_step=tokens_per_step,
+        gradient_clip_val=trainer.gradient_clip_val,
+        compiled=compiled,
+        seed=seed,
+    )
+    checkpoint = this.last_good_checkpoint(module, TokensDataModule, "tokens", COMPUTED) if resume else None
+    if init is not None and checkpoint is None:
+        huggingface.load(module.gpt, init)
+    datamodule = TokensDataModule(
+        blocks,
+        val_blocks,
+        batch_size=data.batch_size,
+        accumulated=accumulated,
+        max_steps=max_steps,
+        val_batches=trainer.val_batches,
+        seed=seed,
+        num_workers=0 if tokens.is_local else 1,
+    )
+    facts = {
+        "parameters": num_parameters(shape),
+        "attention_backend": chosen.backend,
+        "loss": chosen.loss,
+        "compiled": compiled,
+        "tokens_per_step": tokens_per_step,
+        "accumulated": accumulated,
+        "trained_on": trained_on,
+        "shape": [kept, config["optimizer"]],
+    }
+    with this.begun(config, facts) as record:
+        if this.is_first:
+            _keep_vocabulary(run, tokens)
+        peak = peak_flops(torch.cuda.get_device_name(), precision) if accelerator == "gpu" else None
+        peak_per_s = world_size * peak / flops_per_token(shape, shape.block_size) if peak else None
+        speed = Speed("tokens", tokens_per_step, peak_per_s=peak_per_s)
+        checkpoints = Checkpoints(run, trainer.checkpoint_every_n_steps, checkpoint)
+        has_bar = sys.stdout.isatty()
+        callbacks: list[Callback] = [
+            BestCheckpoint(run),
+            Progress(trainer.log_every_n_steps, speed) if has_bar else ProgressLines(speed),
+            speed,
+        ]
+        if trainer.early_stopping_patience:
+            callbacks.append(EarlyStopping("val/loss", patience=trainer.early_stopping_patience))
+        callbacks += [checkpoints, SameStart(run)]
+        lightning = Trainer(
+            accelerator=accelerator,
+            devices=devices,
+            num_nodes=num_nodes,
+            strategy=_strategy(trainer.strategy, world_size),
+            precision=precision,
+            max_epochs=1,  # of EndlessBatches, whose one pass is the whole run: steps count, not epochs
+            max_steps=max_steps,
+            val_check_interval=min(trainer.val_every_n_steps, max_steps),
+            check_val_every_n_epoch=None,
+            num_sanity_val_steps=0,
+            log_every_n_steps=trainer.log_every_n_steps,
+            inference_mode=False,  # which neither sharded nor compiled models take
+            use_distributed_sampler=False,
+            logger=curves,
+            callbacks=callbacks,
+            plugins=[AtomicCheckpointIO()],
+            enable_model_summary=False,
+            enable_progress_bar=has_bar,
+        )
+        this.say(
+            f"{run}: {num_parameters(shape):,} parameters, {max_steps:,} steps of {tokens_per_step:,} tokens on "
+            f"{world_size} {accelerator} (attention {chosen.backend}, loss {chosen.loss}; "
+            f"{why_not or 'compiled'}){f', resumed from {checkpoint}' if checkpoint else ''}",
+            flush=True,
+        )
+        started = time.perf_counter()
+        if code := this.fit(lightning, module, datamodule, checkpoints, checkpoint):
+            return code
+    finished = this.finish(record, lightning, started, {})
+    this.say(f"{run}: trained {finished['steps']:,} steps in {finished['seconds']} s, {_words(finished)}")
+    return 0
+
+
+def _choose_compile(trainer: TrainerConfig, accelerator: str) -> tuple[bool, str]:
+    """Say whether the model is compiled, and if not why."""
+    if trainer.compile is False:
+        return False, "not compiled"
+    why_not = why_not_compiled(accelerator)
+    if trainer.compile is True:
+        if accelerator == "gpu" and why_not:
+            raise UserError(f"--trainer.compile true cannot run here: {why_not}; leave it at auto")
+        return True, ""
+    return why_not is None, f"not compiled: {why_not}" if why_not else ""
+
+
+def _choose_kernels(shape: GPTConfig, batch_size: int, accelerator: str, precision: str, compiled: bool) -> GPTConfig:
+    """Choose attention backend and loss once for the whole run, before anything is compiled around them."""
+    device = torch.device("cuda" if accelerator == "gpu" else "cpu")
+    dtype = {"32-true": torch.float32, "bf16-mixed": torch.bfloat16}[precision]
+    length, heads = shape.block_size, shape.n_head
+    spec = AttentionSpec(
+        batch_size, length, length, heads, heads, shape.head_dim, dtype, device, causal=True, needs_grad=True
+    )
+    loss = resolve_loss(shape.loss, device.type, False, compiled)
+    return replace(shape, backend=resolve(shape.backend, spec), loss=loss)
+
+
+def _strategy(name: str, world_size: int) -> Any:
+    if world_size == 1:
+        return "auto"
+    if name == "fsdp":
+        return ModelParallelStrategy(world_size, 1, save_distributed_checkpoint=False, timeout=TIMEOUT)
+    return DDPStrategy(timeout=TIMEOUT, gradient_as_bucket_view=True)
+
+
+def _keep_vocabulary(run: Path, tokens: TokenSet) -> None:
+    """Keep the tokenizer's vocabulary beside the checkpoints, which are of no use without it."""
+    if tokens.manifest["tokenizer"]["name"] != "bytes":
+        with replacing(run / VOCABULARY) as partial:
+            partial.write_bytes(tokens.read(f"{tokens.manifest['folder']}/{VOCABULARY}"))
+
+
+def _words(finished: dict[str, Any]) -> str:
+    """Say how it went."""
+    words = []
+    if finished["best_val_loss"] is not None:
+        words.append(f"best validation loss {finished['best_val_loss']:.4f}")
+    if "tokens_per_s" in finished:
+        words.append(f"{finished['tokens_per_s']:,} tokens/s")
+    if "mfu" in finished:
+        words.append(f"MFU {finished['mfu']:.1%}")
+    return ", ".join(words) or "no validation was reached"

@@ -1,0 +1,49 @@
+from types import SimpleNamespace
+
+import pytest
+
+from flashlab.training import callbacks
+from flashlab.training.callbacks import Speed
+
+
+@pytest.fixture
+def run(monkeypatch):
+    """Steps of 0.1 s, of which every fifth is logged; a validation behind the 20th takes a minute."""
+
+    def steps(speed, count=40):
+        now, logged = [0.0], []
+        monkeypatch.setattr(callbacks, "perf_counter", lambda: now[0])
+        trainer, module = SimpleNamespace(global_step=0, log_every_n_steps=5), SimpleNamespace(log_dict=logged.append)
+        speed.on_train_start(trainer)
+        now[0] += 90.0  # compiling
+        for step in range(1, count + 1):
+            now[0] += 0.1
+            trainer.global_step = step
+            speed.on_train_batch_end(trainer, module)
+            if step == 20:
+                speed.on_validation_start()
+                now[0] += 60.0
+        return logged
+
+    return steps
+
+
+def test_speed_counts_neither_compiling_nor_validating(run):
+    speed = Speed("tokens", 512)
+    logged = run(speed)
+    assert [row["train/tokens_per_s"] for row in logged] == pytest.approx([5120.0] * 6)
+    assert speed.summary() == {"ms_per_step": pytest.approx(100.0), "tokens_per_s": 5120}
+    assert speed.latest() == {"tokens/s": "5,120"}
+
+
+def test_speed_is_a_share_of_the_peak_where_that_is_known(run):
+    speed = Speed("tokens", 512, peak_per_s=10_240)
+    assert run(speed)[0] == {"train/tokens_per_s": pytest.approx(5120.0), "train/mfu": 0.5}
+    assert speed.summary()["mfu"] == 0.5
+    assert speed.latest() == {"tokens/s": "5,120", "MFU": "50.0%"}
+
+
+def test_a_run_of_few_steps_has_no_speed(run):
+    assert run(speed := Speed("tokens", 512), count=10)
+    assert speed.summary() == {}
+    assert Speed("tokens", 512).latest() == {}
