@@ -36,12 +36,12 @@ ifeq ($(filter data/simulated.csv.gz,$(DATA))$(wildcard $(DATA)),)
   $(error DATA=$(DATA): there is no such file; check the path, or download the public bars with `flashlab data fetch`)
 endif
 
-.PHONY: help train check bench test lint format doctor tensorboard data clean clean-all \
+.PHONY: help train gpt2 check bench test lint format doctor tensorboard data clean clean-all \
   wheel image dev-image up down attach known FORCE
 
 help:
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
-	@echo 'Variables: DATA=bars.csv RUN=folder CONFIG="files.yaml" ARGS="--option value" (of train) PYTHON=python3.12'
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@echo 'Variables: DATA=bars.csv RUN=folder CONFIG="files.yaml" ARGS="--option value" (of train, gpt2) PYTHON=python3.12'
 	@echo 'of images: VARIANT=cu128-py312, cu130-py312 or cpu-py312; SERVICE=check, bench, evaluate, tensorboard, test ...'
 
 train: $(SET)/manifest.json ## set up, prepare, train, evaluate, report; DATA=bars.csv takes your bars; resumes a run
@@ -49,6 +49,13 @@ train: $(SET)/manifest.json ## set up, prepare, train, evaluate, report; DATA=ba
 	$(FLASHLAB) train $(CONFIG:%=--config %) --data.path $(SET) --run $(RUN) --resume $(ARGS)
 	$(FLASHLAB) evaluate $(RUN)
 	$(FLASHLAB) report $(RUN)
+
+gpt2: RUN = runs/gpt2
+gpt2: CONFIG = examples/gpt2/embedded.yaml $(if $(HAS_GPU),,examples/gpt2/cpu.yaml)
+gpt2: data/gpt2/manifest.json ## train a small GPT-2 on Python's own documentation and library, and print a sample; resumes
+	$(if $(filter %/cpu.yaml,$(CONFIG)),@echo "Settings for a CPU (cpu.yaml) are added: make doctor says what this machine has and lacks.")
+	$(FLASHLAB) gpt2 train $(CONFIG:%=--config %) --data.path data/gpt2 --run $(RUN) --resume $(ARGS)
+	$(FLASHLAB) gpt2 sample $(RUN) --prompt "import " --temperature 0.7
 
 check: $(INSTALLED) ## compare every attention backend that runs here with the reference
 	$(FLASHLAB) check $(ARGS)
@@ -107,6 +114,9 @@ clean-all: clean ## remove what is in data/, runs/ and wheels/ too
 
 $(SET)/manifest.json: $(DATA) $(SET).source | $(INSTALLED)
 	$(FLASHLAB) data prepare $< --out $(@D)
+
+data/gpt2/manifest.json: | $(INSTALLED)
+	$(FLASHLAB) gpt2 prepare --out $(@D)
 
 # Memory decides how many compilers run at a time. Hours on a laptop; docs/images.md has a table.
 $(WHEEL):

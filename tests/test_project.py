@@ -27,7 +27,7 @@ README = ROOT / "README.md"
 PAGES = [README, *sorted([*ROOT.glob("C*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/**/*.md")])]
 
 # folder of examples/ -> the command that takes its YAML files
-COMMAND_OF_EXAMPLES = {"btc_forecast": "train", "attention_bench": "bench sweep"}
+COMMAND_OF_EXAMPLES = {"btc_forecast": "train", "attention_bench": "bench sweep", "gpt2": "gpt2 train"}
 # Of the others, tests/btc/test_world.py reads the manifest of examples/cluster.
 EXAMPLES = [path for path in sorted(ROOT.glob("examples/**/*.yaml")) if path.parent.name != "cluster"]
 MAY_IMPORT = {  # part of the package -> the parts it may import
@@ -203,6 +203,15 @@ def test_make_names_set_and_run_after_the_data(tmp_path):
         made = run_make("--dry-run", "train", f"DATA={tmp_path / name}", f"VENV={tmp_path}")
         assert f"data prepare {tmp_path / name} --out data/bars.2013\n" in made.stdout
         assert "--data.path data/bars.2013 --run runs/bars.2013 --resume" in made.stdout
+
+
+def test_make_gpt2_has_a_run_and_configurations_of_its_own(tmp_path):
+    made = run_make("--dry-run", "gpt2", f"VENV={tmp_path}", "HAS_GPU=")
+    configs = "--config examples/gpt2/embedded.yaml --config examples/gpt2/cpu.yaml"
+    assert f"{configs} --data.path data/gpt2 --run runs/gpt2 --resume" in made.stdout
+    made = run_make("--dry-run", "gpt2", f"VENV={tmp_path}", "HAS_GPU=yes", "RUN=runs/second", "ARGS=--seed 1")
+    assert "gpt2/embedded.yaml --data.path data/gpt2 --run runs/second --resume --seed 1" in made.stdout
+    assert "gpt2 sample runs/second " in made.stdout
 
 
 def test_make_refuses_an_old_python(tmp_path):

@@ -39,6 +39,8 @@ COMMANDS = {
     "predict": ("flashlab.btc.predict:predict", "forecast the next bars of a CSV, or of a stream as they come"),
     "gpt2 prepare": ("flashlab.gpt2.prepare:prepare", "turn text into the tokens that GPT-2 is trained on"),
     "gpt2 train": ("flashlab.gpt2.train:train", "train GPT-2 on tokens"),
+    "gpt2 sample": ("flashlab.gpt2.sample_command:sample", "have a trained GPT-2 continue a text"),
+    "gpt2 export": ("flashlab.gpt2.sample_command:export", "write a trained GPT-2 in Hugging Face's format"),
     "report": ("flashlab.report:report", "draw and write the report of an evaluated run or of a sweep"),
     "results": ("flashlab.results:results", "write the result files' numbers into README.md and docs"),
 }

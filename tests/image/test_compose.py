@@ -16,7 +16,7 @@ pytestmark = pytest.mark.docker
 
 ROOT = Path(__file__).parents[2]
 GPU, CPU = ("compose.yaml",), ("compose.yaml", "docker/compose.cpu.yaml")
-NEED_GPU = {"train", "evaluate", "check", "bench", "dev", "test"}
+NEED_GPU = {"train", "evaluate", "check", "bench", "gpt2", "dev", "test"}
 USER = 12345
 STEPS = 120
 
@@ -89,6 +89,7 @@ def run(project):
     def run(*arguments, files=CPU, **options):
         environment = {"FLASHLAB_UID": str(USER), "FLASHLAB_GID": str(USER), "TENSORBOARD_PORT": port}
         environment["FLASHLAB_TRAIN_ARGS"] = f"--trainer.max_steps {STEPS} --trainer.checkpoint_every_n_steps 20"
+        environment["FLASHLAB_GPT2_ARGS"] = "--trainer.max_steps 20 --optimizer.warmup_steps 5"
         return compose(*arguments, files=(*files, "test.yaml"), project=project, **environment, **options)
 
     run.port = int(port)
@@ -162,9 +163,16 @@ def test_other_services(run):
     assert run("run", "--rm", "evaluate", "doctor").returncode == 0
     right = run("run", "--rm", "check", "check", "--quick", "--backend", "sdpa_math")
     assert "nothing is wrong" in right.stdout
-    gpt2 = run("run", "--rm", "gpt2", check=False)
-    assert gpt2.returncode == 1
-    assert "GPT-2 training is not there yet" in gpt2.stderr + gpt2.stdout
+
+
+def test_gpt2_from_nothing_to_a_sample(run, project):
+    done = run("up", "--exit-code-from", "gpt2", "gpt2")
+    assert "trained 20 steps" in done.stdout
+    assert re.search(r"gpt2-1 +\| import ", done.stdout)
+    assert (project / "data/gpt2/manifest.json").exists()
+    again = run("up", "--exit-code-from", "gpt2", "gpt2")
+    assert "is trained already" in again.stdout
+    assert re.search(r"gpt2-1 +\| import ", again.stdout)
 
 
 def test_folders_of_somebody_else_are_explained(run, project):

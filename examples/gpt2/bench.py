@@ -1,0 +1,110 @@
+"""Measure how fast GPT-2 trains here: tokens per second, model FLOPs utilisation and memory, beside transformers.
+
+    python examples/gpt2/bench.py --out runs/gpt2_bench.json
+
+Every row is a process of its own. Tokens per step are equal in all rows, whatever the length of the sequences.
+"""
+
+import shlex
+import sys
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from jsonargparse import auto_cli
+from jsonargparse.typing import PositiveInt
+from rich.console import Console
+from rich.table import Table
+from training_step import METHOD, SHAPES, Job, measure
+
+from flashlab.machine import provenance, write_result
+
+LENGTHS = [1024, 2048, 4096, 8192]
+BACKENDS = ["standard", "flash_attention_2", "auto"]
+CLAIM = "Dao et al. (2022), abstract: GPT-2 at length 1024 trains 3 times as fast as Hugging Face's implementation"
+
+
+def bench(
+    *,
+    presets: list[str] = ["gpt2"],  # noqa: B006 - not changed
+    lengths: list[PositiveInt] = LENGTHS,
+    backends: list[str] = BACKENDS,
+    hugging_face: list[str] = ["eager", "sdpa"],  # noqa: B006
+    tokens_per_step: PositiveInt = 2**16,
+    steps: PositiveInt = 20,
+    compiled: bool = torch.cuda.is_available(),
+    dropout: float = 0.0,
+    out: Path = Path("runs/gpt2_bench.json"),
+) -> None:
+    """Measure training steps of presets over lengths and attention backends.
+
+    Args:
+        presets: shapes, see `flashlab.gpt2.config.PRESETS`; also tiny.
+        lengths: tokens per sequence.
+        backends: attention backends.
+        hugging_face: attention of transformers' GPT-2, which is measured where transformers is installed; [] for none.
+        tokens_per_step: tokens of an optimiser step, a multiple of each length.
+        steps: how many are timed.
+        compiled: compile this project's model by torch.compile.
+        dropout: of all models.
+        out: result file.
+    """
+    if hugging_face and find_spec("transformers") is None:
+        print("transformers is not installed: measured without it", file=sys.stderr)
+        hugging_face = []
+    contestants = [("flashlab", backend) for backend in backends] + [("transformers", name) for name in hugging_face]
+    command = shlex.join(["python", "examples/gpt2/bench.py", *sys.argv[1:]])
+    record: dict[str, Any] = provenance("gpt2_bench") | {"command": command, "method": METHOD, "claim": CLAIM}
+    record["rows"] = []
+    with TemporaryDirectory(prefix="flashlab-") as folder:
+        for preset in presets:
+            for length in lengths:
+                for implementation, backend in contestants:
+                    print(f"{preset}, {length:,} tokens, {implementation} {backend} ... ", end="", file=sys.stderr)
+                    config = replace(SHAPES[preset], block_size=length, backend=backend, dropout=dropout)
+                    job = Job(config, implementation, tokens_per_step, compiled, steps=steps)
+                    row = measure(job, Path(folder) / "log")
+                    record["rows"].append({"preset": preset, "implementation": implementation, **row})
+                    write_result(out, record)  # what was measured stays, whatever becomes of the next
+    show(record["rows"])
+    print(f"claimed: {CLAIM}")
+    print(f"wrote {out}")
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    """Print the rows, with the speed against transformers' eager attention of the same length."""
+    table = Table(
+        "model", "length", "attention", "tokens/s", "MFU", "ms/step", "peak MiB", "batch", "x HF eager", box=None
+    )
+    for column in table.columns[1:]:
+        column.justify = "right"
+    slow = {(row["preset"], row["block_size"]): row.get("tokens_per_s") for row in rows if row["backend"] == "eager"}
+    for row in rows:
+        name = row["backend"] if row["implementation"] == "flashlab" else f"HF {row['backend']}"
+        cells = [row["preset"], str(row["block_size"]), name]
+        if row["status"] != "ok":
+            table.add_row(*cells, row["status"])
+            continue
+        base = slow.get((row["preset"], row["block_size"]))
+        table.add_row(
+            *cells,
+            f"{row['tokens_per_s']:,}",
+            f"{row['mfu']:.1%}" if row["mfu"] is not None else "-",
+            f"{row['ms_per_step']:,.1f}",
+            f"{row['peak_memory_mib']:,}" if row["peak_memory_mib"] is not None else "-",
+            str(row["batch_size"]),
+            f"{row['tokens_per_s'] / base:.2f}" if base else "-",
+        )
+    console = Console(highlight=False)
+    console.print(table)
+    for row in rows:
+        if row["status"] != "ok":
+            name = f"{row['preset']}, {row['block_size']} tokens, {row['implementation']} {row['backend']}"
+            console.print(f"{name}: {row['reason']}", markup=False, soft_wrap=True)
+
+
+if __name__ == "__main__":
+    auto_cli(bench)
