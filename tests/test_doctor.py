@@ -270,7 +270,7 @@ def test_every_section_may_fail(doctor, monkeypatch):
     def fail(*args):
         raise OSError("no such thing")
 
-    for name in ("_python", "_packages", "_torch", "_driver", "_flash_attn", "_torchvision", "_cpu", "_memory", "_shm"):
+    for name in ("_python", "_packages", "_torch", "_driver", "_flash_attn", "_torchvision", "_cpu", "memory", "_shm"):
         monkeypatch.setattr(machine, name, fail)
     for name in ("_disk", "_caches", "_environment", "_will_use"):
         monkeypatch.setattr(machine, name, fail)
@@ -315,7 +315,7 @@ def test_limits_of_the_container_count(monkeypatch, tmp_path):
     monkeypatch.setattr(machine, "CONTROL_GROUPS", tmp_path)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=64 * 2**30, available=50 * 2**30))
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(8)), raising=False)
-    assert machine._memory() == {"total_gib": 64.0, "usable_gib": 3.0, "available_gib": 3.0}
+    assert machine.memory() == {"total_gib": 64.0, "usable_gib": 3.0, "available_gib": 3.0}
     assert machine._cpu()["usable_cores"] == 1
 
 

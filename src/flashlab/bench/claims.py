@@ -151,7 +151,8 @@ def _memory_ratio(seqlen: int, times: float, sweep: Sweep) -> Finding | None:
     table = _prefer(_at(table, seqlen, seqlen), README_SHAPE)
     cells = table.index.to_frame()
     rows = cells["batch_size"] * cells["seqlen"] * 2 * (cells["num_heads"] + cells["num_kv_heads"])
-    inputs_mib = rows * cells["head_dim"] * cells["dtype"].map(ITEM_BYTES) / 2**20
+    item_bytes = cells["dtype"].map(ITEM_BYTES).astype(float)  # of no cells, pandas with pyarrow keeps text
+    inputs_mib = rows * cells["head_dim"] * item_bytes / 2**20
     return _compare(sweep, table.add(inputs_mib, axis=0), "standard", FLASH, times, "less")
 
 
