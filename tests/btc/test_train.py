@@ -18,6 +18,7 @@ import torch
 import yaml
 from filelock import FileLock
 
+from checkpoints import differences
 from flashlab.attention.backends import BACKENDS
 from flashlab.btc.module import ForecasterModule, load_forecaster
 from flashlab.btc.prepare import open_set, prepare
@@ -71,18 +72,6 @@ def assert_same(run, reference):
             assert list(differences(checkpoint[key], expected[key], key)) == []
         for key, value in (("EarlyStopping", "wait_count"), ("BestCheckpoint", "best_model_score")):
             assert callback(checkpoint, key)[value] == callback(expected, key)[value]
-
-
-def differences(a, b, place):
-    """Name the places at which two nested values differ."""
-    if isinstance(a, torch.Tensor):
-        if not torch.equal(a, b):
-            yield place
-    elif isinstance(a, dict | list | tuple) and type(a) is type(b) and len(a) == len(b):
-        for key in a if isinstance(a, dict) else range(len(a)):
-            yield from differences(a[key], b[key], f"{place}.{key}")
-    elif a != b:
-        yield f"{place}: {a} and {b}"
 
 
 def send(monkeypatch, number, *, method="training_step", step):

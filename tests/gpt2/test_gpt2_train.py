@@ -14,6 +14,7 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny import CPU_BACKENDS, on_gpu
 
+from checkpoints import differences
 from flashlab.attention import AttentionSpec
 from flashlab.attention.backends import BACKENDS
 from flashlab.cli import main
@@ -69,20 +70,6 @@ def curves(run):
     events = EventAccumulator(str(run), size_guidance={"scalars": 0})
     events.Reload()
     return {tag: [point.value for point in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
-
-
-def differences(a, b, place):
-    """Name the places at which two nested values differ."""
-    if isinstance(a, torch.Tensor):
-        if not torch.equal(a, b):
-            yield place
-    elif isinstance(a, tuple):  # which torch makes a list of when it loads what fsdp has saved
-        yield from differences(list(a), list(b), place)
-    elif isinstance(a, dict | list) and len(a) == len(b):
-        for key in a if isinstance(a, dict) else range(len(a)):
-            yield from differences(a[key], b[key], f"{place}.{key}")
-    elif a != b:
-        yield f"{place}: {a} and {b}"
 
 
 def assert_same(run, reference):

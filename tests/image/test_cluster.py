@@ -20,6 +20,8 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
+from checkpoints import differences
+
 pytestmark = pytest.mark.docker
 
 STEPS, CHECKPOINT_EVERY, KILLS = 1000, 20, 10
@@ -162,18 +164,6 @@ def undisturbed(cluster):
         (end,) = two.lines("trained 1,000 steps")
         assert [line.text for line in two.lines("Traceback|rror")] == []
         return checkpoints, first - two.began, (end.time - first) / STEPS
-
-
-def differences(a: Any, b: Any, place: str) -> Iterator[str]:
-    """Name the places at which two nested values differ."""
-    if isinstance(a, torch.Tensor):
-        if not torch.equal(a, b):
-            yield place
-    elif isinstance(a, dict | list | tuple) and type(a) is type(b) and len(a) == len(b):
-        for key in a if isinstance(a, dict) else range(len(a)):
-            yield from differences(a[key], b[key], f"{place}.{key}")
-    elif a != b:
-        yield f"{place}: {a} and {b}"
 
 
 def assert_same(checkpoints: dict[str, Any], undisturbed: dict[str, Any]) -> None:
