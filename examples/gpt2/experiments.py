@@ -1,0 +1,169 @@
+"""Measure whole training runs of `flashlab gpt2 train`: on several GPUs, and with one attention backend after the other.
+
+    python examples/gpt2/experiments.py scaling data/gpt2 --devices 2
+    python examples/gpt2/experiments.py backends data/gpt2
+
+Each run is a process of its own, as a user would start it. What was measured stays if a later one fails.
+"""
+
+import json
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from jsonargparse import auto_cli
+from jsonargparse.typing import PositiveInt
+from rich.console import Console
+from rich.table import Table
+
+from flashlab.attention import AttentionSpec
+from flashlab.attention.backends import BACKENDS, why_not
+from flashlab.btc.report import read_curves
+from flashlab.machine import provenance, write_result
+
+HERE = Path(__file__).parent
+KEPT = ("tokens_per_s", "mfu", "ms_per_step", "peak_memory_mib", "best_val_loss", "precision")
+BYTES_PER_PARAMETER = 16  # float32: the weight, its gradient, AdamW's two averages
+
+
+def train(run: Path, *options: object) -> dict[str, Any]:
+    """Run `flashlab gpt2 train`; return what it says of the run."""
+    command = [sys.executable, "-m", "flashlab", "gpt2", "train", *options, "--run", run]
+    done = subprocess.run(list(map(str, command)), stdout=sys.stderr, stderr=subprocess.PIPE, text=True)
+    if done.returncode:
+        last = done.stderr.strip().splitlines()[-1:] or ["it said nothing"]
+        return {"status": "failed", "reason": f"exit code {done.returncode}: {last[0]}"}
+    record = json.loads((run / "run.json").read_text())
+    facts = {name: record[name] for name in ("parameters", "attention_backend", "loss", "tokens_per_step")}
+    return {"status": "ok", "reason": None, **facts, **{name: record["finished"].get(name) for name in KEPT}}
+
+
+def scaling(
+    data: str,
+    devices: PositiveInt = 2,
+    steps: PositiveInt = 30,
+    sharded: str = "gpt2-xl",
+    out: Path = Path("runs/gpt2_scaling.json"),
+) -> None:
+    """Compare several GPUs with one: tokens per second by DDP, memory per GPU by FSDP.
+
+    Args:
+        data: token set.
+        devices: how many GPUs.
+        steps: of each run.
+        sharded: preset that FSDP trains.
+        out: result file.
+    """
+    cases = [  # preset, strategy, sequences of a batch, tokens of a step and GPU (None: 524,288 of all)
+        ("gpt2", "ddp", 64, 65_536),
+        ("gpt2", "ddp", 64, None),
+        (sharded, "fsdp", 8, 8_192),
+    ]
+    record = start("gpt2_scaling", "scaling")
+    with TemporaryDirectory(prefix="flashlab-") as folder:
+        for preset, strategy, batch_size, tokens in cases:
+            alone: dict[str, Any] = {}
+            for count in (1, devices):
+                options = {
+                    "data.path": data,
+                    "data.batch_size": batch_size,
+                    "model.preset": preset,
+                    "optimizer.warmup_steps": 10,
+                    "trainer.max_steps": steps,
+                    "trainer.log_every_n_steps": 5,
+                    "trainer.val_batches": count,
+                    "trainer.global_batch_tokens": tokens * count if tokens else 524_288,
+                    "trainer.devices": count,
+                    "trainer.strategy": strategy if count > 1 else "ddp",
+                }
+                words = [word for name, value in options.items() for word in (f"--{name}", value)]
+                row = {
+                    "preset": preset,
+                    "devices": count,
+                    "strategy": options["trainer.strategy"] if count > 1 else None,
+                }
+                row |= train(Path(folder) / f"{len(record['rows'])}", *words)
+                row["batch_size"] = batch_size
+                if row["status"] == alone.get("status") == "ok":
+                    row["efficiency"] = round(row["tokens_per_s"] / alone["tokens_per_s"] / count, 4)
+                    if strategy == "fsdp" and row["peak_memory_mib"]:  # each GPU is spared what the others keep
+                        spared = BYTES_PER_PARAMETER * row["parameters"] * (1 - 1 / count) / 2**20
+                        row["predicted_memory_mib"] = round(alone["peak_memory_mib"] - spared)
+                alone = alone or row
+                record["rows"].append(row)
+                write_result(out, record)
+    names = ("preset", "strategy", "devices", "tokens_per_step", "tokens_per_s", "efficiency", "mfu")
+    show(record["rows"], *names, "peak_memory_mib", "predicted_memory_mib")
+    print(f"wrote {out}")
+
+
+def backends(
+    data: str,
+    trained: Path = HERE / "embedded.yaml",
+    names: list[str] = list(BACKENDS),  # noqa: B006 - not changed
+    steps: PositiveInt = 500,
+    out: Path = Path("runs/gpt2_backends.json"),
+) -> None:
+    """Train one model with one attention backend after the other, from the same weights on the same blocks.
+
+    Beside them stands standard attention without torch.compile: what rounding at other places does by itself.
+
+    Args:
+        data: token set.
+        trained: configuration of `flashlab gpt2 train`.
+        names: backends; those that cannot run here are listed with the reason.
+        steps: of each run.
+        out: result file.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    spec = AttentionSpec(64, 512, 512, 6, 6, 64, dtype, device, causal=True, needs_grad=True)
+    contestants = [("standard", ["--trainer.compile", "auto"]), ("standard", ["--trainer.compile", "false"])]
+    contestants += [(name, contestants[0][1]) for name in names if name != "standard"]
+    record = start("gpt2_backends", "backends")
+    expected: list[float] = []
+    with TemporaryDirectory(prefix="flashlab-") as folder:
+        for name, more in contestants:
+            row: dict[str, Any] = {"backend": f"{name}, uncompiled" if "false" in more else name}
+            run = Path(folder) / str(len(record["rows"]))
+            if reason := why_not(name, spec):
+                row |= {"status": "unavailable", "reason": reason}
+            else:
+                fixed = ["--model.dropout", 0, "--trainer.max_steps", steps]
+                row |= train(run, "--config", trained, "--data.path", data, *fixed, "--model.backend", name, *more)
+            if row["status"] == "ok":
+                row["train_loss"] = [round(float(loss), 5) for loss in read_curves(run)["train/loss"][1]]
+                expected = expected or row["train_loss"]
+                away = [abs(one - other) for one, other in zip(row["train_loss"], expected, strict=True)]
+                row |= {"first_loss": row["train_loss"][0], "largest_difference": round(max(away), 5)}
+                row["of_first_10"] = round(max(away[:10]), 5)
+            record["rows"].append(row)
+            write_result(out, record)
+    show(record["rows"], "backend", "first_loss", "of_first_10", "largest_difference", "best_val_loss", "ms_per_step")
+    print(f"wrote {out}")
+
+
+def start(kind: str, command: str) -> dict[str, Any]:
+    """Begin a result file."""
+    words = ["python", "examples/gpt2/experiments.py", *sys.argv[1:]]
+    return provenance(kind) | {"command": shlex.join(words), "rows": []}
+
+
+def show(rows: list[dict[str, Any]], *columns: str) -> None:
+    """Print some columns of the rows, and the reasons of those that failed."""
+    table = Table(*(name.replace("_", " ") for name in columns), box=None)
+    for row in rows:
+        table.add_row(*("" if row.get(name) is None else str(row[name]) for name in columns))
+    console = Console(highlight=False)
+    console.print(table)
+    for row in rows:
+        if row["status"] != "ok":
+            console.print(f"{row.get('backend') or row['preset']}: {row['reason']}", markup=False, soft_wrap=True)
+
+
+if __name__ == "__main__":
+    auto_cli([scaling, backends], as_positional=True)
