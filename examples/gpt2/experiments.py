@@ -1,4 +1,4 @@
-"""Measure whole training runs of `flashlab gpt2 train`: on several GPUs, and with one attention backend after the other.
+"""Measure whole runs of `flashlab gpt2 train`: on several GPUs, and with one attention backend after the other.
 
     python examples/gpt2/experiments.py scaling data/gpt2 --devices 2
     python examples/gpt2/experiments.py backends data/gpt2

@@ -2,7 +2,7 @@
 
     python examples/gpt2/sampling.py --out runs/gpt2_sampling.json
 
-The weights are random. In float32 both must draw the same tokens; in bfloat16 two tokens may be too close to tell apart.
+The weights are random. In float32 both draw the same tokens; in bfloat16 two may be too close to tell apart.
 """
 
 import shlex

@@ -169,7 +169,7 @@ def ours(job: Job, config: GPTConfig) -> tuple[nn.Module, Any]:
     if "rotary" in job.unfused:
         model_module.rotate = torch.compiler.disable(model_module.rotate)
     if job.compiled:
-        model.compile(dynamic=False)
+        model.compile_parts()
     return model, model
 
 

@@ -20,7 +20,12 @@ TOKENS, WIDTH, VOCABULARY, PADDED = 96, 16, 500, 512
 @pytest.fixture
 def chunk(monkeypatch):
     """Make chunks of at most so many tokens."""
-    return lambda rows: monkeypatch.setitem(module.CHUNK, "cpu", rows * PADDED)
+
+    def of(rows):
+        monkeypatch.setitem(module.CHUNK, "cpu", rows * PADDED)
+        monkeypatch.setattr(module, "COMPILED_CHUNK", rows * PADDED)
+
+    return of
 
 
 def inputs(dtype=torch.float64, device="cpu", tokens=TOKENS):
@@ -152,7 +157,7 @@ def test_a_loss_that_cannot_run_says_why(monkeypatch, caplog):
 def test_on_a_gpu_it_is_as_exact_as_with_all_logits_and_takes_a_fraction_of_their_memory(method):
     if method == "liger" and (reason := why_not("liger", "cuda", False, False)) is not None:
         pytest.skip(reason)
-    tokens, width, vocabulary, padded = 16384, 768, 50257, 50304
+    tokens, width, vocabulary, padded = 32768, 768, 50257, 50304
     generator = torch.Generator("cuda").manual_seed(0)
     x = torch.randn(tokens, width, device="cuda", generator=generator, requires_grad=True)
     weight = (0.02 * torch.randn(padded, width, device="cuda", generator=generator)).requires_grad_()

@@ -107,7 +107,8 @@ class ForecasterModule(LightningModule):
             total, count = self.loss(batch)
             loss = total / mean_over_processes(count)
         if logs:
-            self.log("train/loss", loss.detach())  # not for the bar: Lightning would read it at every step
+            # Not for the bar: Lightning would read it at every step.
+            self.log("train/loss", loss.detach(), sync_dist=True)
             self.log("train/lr", self.trainer.optimizers[0].param_groups[0]["lr"])
         return loss
 

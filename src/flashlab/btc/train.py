@@ -261,8 +261,6 @@ def _choose_step(config: TrainerConfig, accelerator: str, precision: str) -> tup
         why_not = "a scaled loss needs the host at every step"
     if config.step == "captured" and why_not:
         raise UserError(f"--trainer.step captured cannot run here: {why_not}; leave it at auto")
-    if config.step == "auto" and config.devices * config.num_nodes > 1:
-        why_not = why_not or "on several GPUs captured steps are not measured yet (--trainer.step captured tries them)"
     if config.step == "plain":
         return False, "steps launched one by one"
     return why_not is None, f"steps launched one by one: {why_not}" if why_not else ""

@@ -25,7 +25,9 @@ METHODS = ("auto", "liger", "chunked", "full")
 IGNORED = -100  # the target of tokens that do not count, as in torch
 LIGER = "liger_kernel.transformers"
 # Logits at a time. Each chunk adds to the gradient of the whole table: on a GPU small chunks would wait for memory.
+# Compiled kernels read and write logits in the dtype of autocast; uncompiled they are in memory in float32 as well.
 CHUNK = {"cuda": 2**28, "cpu": 2**24}
+COMPILED_CHUNK = 2**30
 
 
 def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, method: str = "auto") -> Tensor:
@@ -152,7 +154,8 @@ def _chunked(
     """Compute the average, the number of targets that count, and the gradients ``[N, W]`` and ``[P, W]`` of the sum."""
     exact, table = _exact(dtype), weight.to(dtype)
     column = torch.arange(weight.shape[0], device=x.device)
-    chunks = -(-len(x) * len(weight) // CHUNK.get(x.device.type, CHUNK["cpu"]))
+    at_once = COMPILED_CHUNK if torch.compiler.is_compiling() else CHUNK.get(x.device.type, CHUNK["cpu"])
+    chunks = -(-len(x) * len(weight) // at_once)
     rows = -(-len(x) // 2 ** (chunks - 1).bit_length())  # batches are powers of two: chunks of one size, which align
     total, grads_x, grad_weight = torch.zeros((), dtype=exact, device=x.device), [], None
     for some_x, some_targets in zip(x.to(dtype).split(rows), targets.split(rows), strict=True):

@@ -78,18 +78,16 @@ class GPTModule(LightningModule):
 
     def configure_model(self) -> None:
         """Compile the model, and share it out among the GPUs if that is the strategy."""
-        if self.compiled and self.strategy == "ddp":
-            # DDP would cut the graph so as to exchange gradients early, and cannot where it has operators of its own
-            # kind, as the loss is one. Exchanging them once behind the last micro-batch takes little.
+        if self.compiled:
+            # DDP exchanges the gradients of a block during the backward pass of the one before; for that it need not
+            # cut what is compiled, and cannot where there are operators of their own kind, as the loss is one.
             torch._dynamo.config.optimize_ddp = False
-            self.gpt.compile(dynamic=False)
+            self.gpt.compile_parts()
         if self.strategy == "fsdp":
             how: dict[str, Any] = {"mesh": self.device_mesh["data_parallel"]}  # type: ignore[index]
             if self.trainer.precision == "bf16-mixed":  # gathered in 16 bits; rotary angles are not rounded to them
                 how["mp_policy"] = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
             for block in self.gpt.h:
-                if self.compiled:
-                    block.compile(dynamic=False)  # type: ignore[operator]
                 fully_shard(block, **how)
             fully_shard(self.gpt, **how)
 

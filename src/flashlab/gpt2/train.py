@@ -113,7 +113,7 @@ def train(
     if trainer.strategy == "fsdp" and world_size == 1:
         raise UserError("--trainer.strategy fsdp shares a model out among several devices; give --trainer.devices")
     compiled, why_not = _choose_compile(trainer, accelerator)
-    chosen = _choose_kernels(shape, data.batch_size, accelerator, precision, compiled and trainer.strategy == "ddp")
+    chosen = _choose_kernels(shape, data.batch_size, accelerator, precision, compiled)
     curves = logger.make(run)
 
     quieten()

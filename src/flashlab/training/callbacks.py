@@ -142,7 +142,7 @@ class Speed(Callback):
 
     def _rates(self, ms: float) -> dict[str, float]:
         per_s = 1e3 * self.per_step / ms
-        return {f"{self.name}_per_s": per_s} | ({"mfu": round(per_s / self.peak_per_s, 4)} if self.peak_per_s else {})
+        return {f"{self.name}_per_s": per_s} | ({"mfu": round(per_s / self.peak_per_s, 6)} if self.peak_per_s else {})
 
 
 class Stopped(Exception):  # noqa: N818 - not an error
