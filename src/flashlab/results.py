@@ -18,7 +18,7 @@ from typing import Any
 from flashlab.attention.support import markdown as support_table
 from flashlab.bench.analysis import describe_machine, read
 from flashlab.bench.claims import claims, markdown, published, sweep_tables
-from flashlab.btc.bench import name_of
+from flashlab.btc.bench import efficiency, name_of
 from flashlab.btc.metrics import COMPARISONS, TITLES, comparisons, load_metrics, number, time_range
 from flashlab.errors import UserError, write_text
 from flashlab.report import Table
@@ -193,6 +193,7 @@ def loops(*paths: Path) -> str:
                 f"{row['ms_per_step']:.2f}",
                 f"{row['bars_per_s'] / 1e6:.2f}",
                 f"{row['bars_per_s'] / published:.1f}" if published else "",
+                f"{share:.1%}" if (share := efficiency(row, measured)) else "",
                 f"{row['busy_share']:.0%}",
                 f"{row['peak_memory_mib']:,}",
                 f"{row['kernels_per_step']:,}",
@@ -205,6 +206,7 @@ def loops(*paths: Path) -> str:
             "ms a step",
             "M bars/s",
             "times the published loop",
+            "of as many single GPUs",
             "GPU busy",
             "MiB at most",
             "kernels a step",

@@ -4,7 +4,7 @@ import pytest
 import torch
 import yaml
 
-from flashlab.btc.bench import bench_train, draw
+from flashlab.btc.bench import bench_train, draw, efficiency
 from flashlab.btc.contestants import Cell, measure
 from flashlab.btc.profile import union
 from flashlab.cli import main
@@ -46,6 +46,13 @@ def test_what_can_run_is_measured_and_what_cannot_says_why(prepared, config, tmp
     assert str(tmp_path) not in json.dumps(record["rows"])
     bars = draw([plain]).axes[0].patches
     assert [bar.get_width() for bar in bars] == [plain["ms_per_step"], plain["busy_ms_per_step"]]
+
+
+def test_several_gpus_are_compared_with_one_of_the_same_loop():
+    keys = ("contestant", "config", "batch_size", "devices", "bars_per_s")
+    cells = [("plain", "default", 8, 1, 3), ("captured", "default", 8, 1, 10), ("captured", "default", 8, 4, 36)]
+    rows = [dict(zip(keys, cell, strict=True)) for cell in [*cells, ("captured", "default", 16, 4, 40)]]
+    assert [efficiency(row, rows) for row in rows] == [None, None, 0.9, None]
 
 
 def test_a_loop_that_fails_leaves_its_reason(prepared, tmp_path):

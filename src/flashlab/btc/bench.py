@@ -98,6 +98,15 @@ def name_of(row: dict[str, Any]) -> str:
     return ", ".join(part for part in parts if part)
 
 
+def efficiency(row: dict[str, Any], rows: list[dict[str, Any]]) -> float | None:
+    """Return the speed on several GPUs over that of one, times as many, of the same loop with as many windows each."""
+    same = ("contestant", "config", "batch_size")
+    for alone in rows:
+        if row["devices"] > 1 == alone["devices"] and all(row[name] == alone[name] for name in same):
+            return row["bars_per_s"] / alone["bars_per_s"] / row["devices"]
+    return None
+
+
 def draw(rows: list[dict[str, Any]]) -> Figure:
     """Draw the time of a step of each loop, and the part of it in which the GPU worked."""
     with matplotlib.rc_context(STYLE):
@@ -119,7 +128,7 @@ def draw(rows: list[dict[str, Any]]) -> Figure:
 
 
 def _print(console: Console, rows: list[dict[str, Any]]) -> None:
-    table = Table("loop", *(("ms/step", "M bars/s", "GPU busy", "peak MiB", "kernels/step")))
+    table = Table("loop", "ms/step", "M bars/s", "efficiency", "GPU busy", "peak MiB", "kernels/step")
     for column in table.columns[1:]:
         column.justify = "right"
     for row in rows:
@@ -127,10 +136,12 @@ def _print(console: Console, rows: list[dict[str, Any]]) -> None:
             table.add_row(name_of(row), row["status"])
             continue
         on_gpu = row["peak_memory_mib"] is not None
+        measured = [other for other in rows if other["status"] == "ok"]
         table.add_row(
             name_of(row),
             f"{row['ms_per_step']:.3f}",
             f"{row['bars_per_s'] / 1e6:.2f}",
+            f"{share:.1%}" if (share := efficiency(row, measured)) else "",
             f"{row['busy_share']:.0%}" if on_gpu else "-",
             f"{row['peak_memory_mib']:,}" if on_gpu else "-",
             f"{row['kernels_per_step']}",

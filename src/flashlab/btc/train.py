@@ -59,7 +59,7 @@ class TrainerConfig:
         num_nodes: how many machines.
         precision: of Lightning; auto is bf16-mixed on a GPU and 32-true on a CPU.
         step: captured compiles the step and replays it as one CUDA graph; plain lets the host launch its kernels one by
-            one, and is all that a CPU can do; auto is captured on one GPU.
+            one, and is all that a CPU can do; auto is captured on a GPU.
         profile: write a profile of some steps into the run folder: what the kernels are, and how long each takes.
     """
 

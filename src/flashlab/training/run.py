@@ -159,8 +159,8 @@ class Run:
         # Under torchrun a process may wait for others that do not come: until training starts, a signal ends it at
         # once.
         handlers = {} if is_torchelastic_launched() else checkpoints.listen()
-        # At every step Lightning would ask all processes for a SIGTERM and wait for the GPU to answer, which costs 1 ms
-        # (its issue 21487); `Checkpoints` asks whenever values are logged.
+        # At every step Lightning would ask all processes for a SIGTERM and wait for the GPU to answer (its
+        # issue 21487); `Checkpoints` asks whenever values are logged.
         trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
         hook = threading.excepthook
         threading.excepthook = _hide_os_errors
