@@ -7,6 +7,15 @@ from flashlab.btc.prepare import prepare
 from flashlab.btc.simulate import simulate_bars
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu"):
+        import torch  # slow, and most tests of other things can do without
+
+        if not torch.cuda.is_available():
+            pytest.skip("torch sees no CUDA device")
+
+
 @pytest.fixture(autouse=True, scope="session")
 def interruptible() -> None:
     """Hear Ctrl-C, which a shell lets its background jobs ignore: tests send it."""

@@ -107,7 +107,6 @@ def test_ceilings_of_the_cpu():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
 class TestOnAGpu:
     def test_times_are_those_of_the_kernels(self):
         size = 4096

@@ -23,7 +23,6 @@ SHAPE = (
     "--trainer.val_every_n_steps 20 --trainer.checkpoint_every_n_steps 7 --trainer.log_every_n_steps 1 "
     "--trainer.accelerator gpu --trainer.precision 32-true --model.backend sdpa_math"
 )
-gpu = pytest.mark.gpu
 
 
 @pytest.fixture
@@ -56,20 +55,20 @@ def assert_alike(run, other):
     assert len(set(curves["train/lr"].values())) > 10, "the rate must change, or nothing shows that replays follow it"
 
 
-@gpu
+@pytest.mark.gpu
 def test_captured_steps_train_as_plain_ones(train, captured, tmp_path):
     assert train(tmp_path / "plain", "--trainer.step", "plain") == 0
     assert_alike(captured, tmp_path / "plain")
 
 
-@gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("options", [["--data.stream", "true"], ["--data.stream", "true", "--data.num_workers", "2"]])
 def test_streamed_windows_train_as_resident_ones(train, captured, options, tmp_path):
     assert train(tmp_path / "streamed", *options) == 0
     assert_alike(captured, tmp_path / "streamed")
 
 
-@gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("steps", [["captured", "captured", "captured"], ["plain", "captured", "plain"]])
 def test_a_stopped_run_goes_on_where_it_was(train, captured, steps, tmp_path, monkeypatch):
     original, run = ForecasterModule.training_step, tmp_path / "run"
@@ -85,7 +84,7 @@ def test_a_stopped_run_goes_on_where_it_was(train, captured, steps, tmp_path, mo
     assert_alike(run, captured)
 
 
-@gpu
+@pytest.mark.gpu
 def test_a_replay_does_not_wait_for_the_gpu(prepared):
     opened = open_set(str(prepared))
     windows = Windows(opened, part_windows(opened.manifest, "train", 32, 16), 32, mirror=True)
@@ -113,7 +112,7 @@ def test_a_replay_does_not_wait_for_the_gpu(prepared):
     assert int(average._average_model.n_averaged) == 55
 
 
-@gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("step", ["plain", "captured"])
 def test_two_gpus_train_as_one_with_twice_the_batch(captured, prepared, step, tmp_path):
     if torch.cuda.device_count() < 2:

@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from tiny import CPU_BACKENDS, TINY, UNLIKE_GPT2, on_gpu, some_tokens, tiny
+from tiny import CPU_BACKENDS, TINY, UNLIKE_GPT2, some_tokens, tiny
 from torch.utils.flop_counter import FlopCounterMode
 
 from flashlab.attention import AttentionSpec
@@ -302,7 +302,7 @@ def test_more_tokens_than_learned_positions_are_refused():
     assert tiny(position="rotary")(some_tokens(1, 65)).shape == (1, 65, 211)
 
 
-@on_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("backend", ["flash_attention_2", "sdpa_flash", "sdpa_cudnn", "auto"])
 def test_on_a_gpu_training_in_bfloat16_is_as_exact_as_standard_attention(backend):
     """Compiled and recomputed, by the project's rule: twice the error of standard attention and one rounding."""
@@ -330,7 +330,7 @@ def test_on_a_gpu_training_in_bfloat16_is_as_exact_as_standard_attention(backend
         assert error <= 2 * allowed + torch.finfo(torch.bfloat16).eps
 
 
-@on_gpu
+@pytest.mark.gpu
 def test_on_a_gpu_logits_are_those_of_transformers():
     torch.set_float32_matmul_precision("highest")
     torch.manual_seed(0)

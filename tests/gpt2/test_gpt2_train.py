@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tiny import CPU_BACKENDS, on_gpu
+from tiny import CPU_BACKENDS
 
 from checkpoints import differences
 from flashlab.attention import AttentionSpec
@@ -484,7 +484,7 @@ def test_two_processes_resume_bit_for_bit(token_set, strategy, tmp_path):
 # --- on a GPU
 
 
-@on_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("compile", ["true", "false"])
 def test_a_gpu_trains_like_the_cpu(train, reference, compile, tmp_path):
     """In float32; TF32 rounds products to 10 bits."""
@@ -496,7 +496,7 @@ def test_a_gpu_trains_like_the_cpu(train, reference, compile, tmp_path):
     assert curves(tmp_path / "run")["train/loss"] == pytest.approx(curves(reference)["train/loss"], abs=2e-2)
 
 
-@on_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("options", ["", "--model.loss liger --trainer.compile false", "--model.dropout 0.1"])
 def test_a_gpu_trains_in_bfloat16(train, options, tmp_path, monkeypatch):
     """And steps between two logged ones do not wait for it; but liger reads a number back."""
@@ -515,8 +515,8 @@ def test_a_gpu_trains_in_bfloat16(train, options, tmp_path, monkeypatch):
     if "liger" in options:
         pytest.importorskip("liger_kernel")
     run = tmp_path / "run"
-    gpu = ["--trainer.accelerator", "gpu", "--trainer.log_every_n_steps", 10, "--trainer.max_steps", 60]
-    assert train(run, *gpu, *options.split()) == 0
+    every = ["--trainer.log_every_n_steps", 10, "--trainer.val_every_n_steps", 60]
+    assert train(run, "--trainer.accelerator", "gpu", "--trainer.max_steps", 60, *every, *options.split()) == 0
     record = json.loads((run / "run.json").read_text())
     assert record["finished"]["precision"] == "bf16-mixed"
     assert curves(run)["train/loss"][-1] < 3.8
@@ -524,7 +524,7 @@ def test_a_gpu_trains_in_bfloat16(train, options, tmp_path, monkeypatch):
         assert 0 < record["finished"]["mfu"] < 1
 
 
-@on_gpu
+@pytest.mark.gpu
 def test_backends_give_one_loss_curve_on_a_gpu(train, tmp_path):
     """In bfloat16, whose rounding of 0.4 % each backend meets at other places; 22 steps add up."""
     spec = AttentionSpec(4, 32, 32, 2, 2, 16, torch.bfloat16, torch.device("cuda"), causal=True, needs_grad=True)
@@ -536,7 +536,7 @@ def test_backends_give_one_loss_curve_on_a_gpu(train, tmp_path):
         assert curves(tmp_path / backend)["train/loss"] == pytest.approx(expected, abs=0.05), backend
 
 
-@on_gpu
+@pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_two_gpus_train_as_one(token_set, strategy, tmp_path):

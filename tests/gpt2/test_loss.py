@@ -5,7 +5,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from functorch.compile import min_cut_rematerialization_partition
-from tiny import on_gpu
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.aot_autograd import make_boxed_func
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -152,7 +151,7 @@ def test_a_loss_that_cannot_run_says_why(monkeypatch, caplog):
     module._liger_problem.cache_clear()
 
 
-@on_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("method", ["liger", "chunked", "compiled"])
 def test_on_a_gpu_it_is_as_exact_as_with_all_logits_and_takes_a_fraction_of_their_memory(method):
     if method == "liger" and (reason := why_not("liger", "cuda", False, False)) is not None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 import transformers
 from test_gpt2_model import hugging_face
-from tiny import CPU_BACKENDS, UNLIKE_GPT2, on_gpu, some_tokens, tiny
+from tiny import CPU_BACKENDS, UNLIKE_GPT2, some_tokens, tiny
 
 from flashlab.attention import BackendUnavailable
 from flashlab.errors import UserError
@@ -150,7 +150,7 @@ def test_misuse_and_an_unavailable_backend_are_refused():
         list(generate(tiny(backend="flash_attention_4"), some_tokens(), 5))
 
 
-@on_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("backend", ["auto", "standard", "sdpa_math", "flex_attention"])
 def test_on_a_gpu_the_cache_changes_no_token(backend):
     torch.set_float32_matmul_precision("highest")
@@ -160,7 +160,7 @@ def test_on_a_gpu_the_cache_changes_no_token(backend):
         assert found.tolist() == sampled(model, tokens, 100, **options, use_cache=False).tolist()
 
 
-@on_gpu
+@pytest.mark.gpu
 def test_on_a_gpu_512_tokens_of_gpt2_are_the_same_with_the_cache():
     torch.set_float32_matmul_precision("highest")
     torch.manual_seed(0)
@@ -169,7 +169,7 @@ def test_on_a_gpu_512_tokens_of_gpt2_are_the_same_with_the_cache():
     assert found.tolist() == sampled(model, tokens, 512, use_cache=False).tolist()
 
 
-@on_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("backend", ["flash_attention_2", "flash_attention_3", "sdpa_cudnn", "auto"])
 @pytest.mark.parametrize("autocast", [False, True])
 def test_on_a_gpu_a_cache_in_bfloat16_is_as_exact_as_all_positions_anew(autocast, backend):

@@ -1,6 +1,5 @@
 """Small models for tests."""
 
-import pytest
 import torch
 
 from flashlab.attention import AttentionSpec
@@ -29,8 +28,3 @@ def tiny(**changes) -> GPT:
 
 def some_tokens(batch=2, length=48, vocab_size=211, seed=0):
     return torch.randint(vocab_size, (batch, length), generator=torch.Generator().manual_seed(seed))
-
-
-def on_gpu(test):
-    """Mark a test that needs a GPU, and skip it where there is none."""
-    return pytest.mark.gpu(pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")(test))
