@@ -45,52 +45,57 @@ def train(run: Path, *options: object) -> dict[str, Any]:
 def scaling(
     data: str,
     devices: PositiveInt = 2,
-    steps: PositiveInt = 30,
+    batch_size: PositiveInt = 64,
     sharded: str = "gpt2-xl",
+    sharded_batch_size: PositiveInt = 8,
+    block_size: PositiveInt = 1024,
+    steps: PositiveInt = 30,
+    more: str = "",
     out: Path = Path("runs/gpt2_scaling.json"),
 ) -> None:
-    """Compare several GPUs with one: tokens per second by DDP, memory per GPU by FSDP.
+    """Compare several GPUs with one that does the same share of a step: tokens/s by DDP, memory per GPU by FSDP.
 
     Args:
         data: token set.
         devices: how many GPUs.
-        steps: of each run.
+        batch_size: sequences that a GPU computes at once, of the preset gpt2.
         sharded: preset that FSDP trains.
+        sharded_batch_size: the same, of that preset.
+        block_size: tokens in a sequence.
+        steps: of each run.
+        more: options of `flashlab gpt2 train` for all runs, as one word.
         out: result file.
     """
-    cases = [  # preset, strategy, sequences of a batch, tokens of a step and GPU (None: 524,288 of all)
-        ("gpt2", "ddp", 64, 65_536),
-        ("gpt2", "ddp", 64, None),
-        (sharded, "fsdp", 8, 8_192),
-    ]
     record = start("gpt2_scaling", "scaling")
+    cases = [("gpt2", "ddp", batch_size, 1), ("gpt2", "ddp", batch_size, 8), (sharded, "fsdp", sharded_batch_size, 1)]
     with TemporaryDirectory(prefix="flashlab-") as folder:
-        for preset, strategy, batch_size, tokens in cases:
+        for preset, strategy, size, accumulated in cases:
             alone: dict[str, Any] = {}
             for count in (1, devices):
                 options = {
                     "data.path": data,
-                    "data.batch_size": batch_size,
+                    "data.batch_size": size,
                     "model.preset": preset,
+                    "model.block_size": block_size,
                     "optimizer.warmup_steps": 10,
                     "trainer.max_steps": steps,
                     "trainer.log_every_n_steps": 5,
                     "trainer.val_batches": count,
-                    "trainer.global_batch_tokens": tokens * count if tokens else 524_288,
+                    "trainer.global_batch_tokens": size * block_size * accumulated * count,
                     "trainer.devices": count,
                     "trainer.strategy": strategy if count > 1 else "ddp",
                 }
                 words = [word for name, value in options.items() for word in (f"--{name}", value)]
-                row = {
+                row: dict[str, Any] = {
                     "preset": preset,
+                    "strategy": strategy if count > 1 else None,
                     "devices": count,
-                    "strategy": options["trainer.strategy"] if count > 1 else None,
+                    "batch_size": size,
+                    **train(Path(folder) / str(len(record["rows"])), *words, *shlex.split(more)),
                 }
-                row |= train(Path(folder) / f"{len(record['rows'])}", *words)
-                row["batch_size"] = batch_size
                 if row["status"] == alone.get("status") == "ok":
                     row["efficiency"] = round(row["tokens_per_s"] / alone["tokens_per_s"] / count, 4)
-                    if strategy == "fsdp" and row["peak_memory_mib"]:  # each GPU is spared what the others keep
+                    if strategy == "fsdp" and alone["peak_memory_mib"]:  # each GPU is spared what the others keep
                         spared = BYTES_PER_PARAMETER * row["parameters"] * (1 - 1 / count) / 2**20
                         row["predicted_memory_mib"] = round(alone["peak_memory_mib"] - spared)
                 alone = alone or row
@@ -156,6 +161,8 @@ def start(kind: str, command: str) -> dict[str, Any]:
 def show(rows: list[dict[str, Any]], *columns: str) -> None:
     """Print some columns of the rows, and the reasons of those that failed."""
     table = Table(*(name.replace("_", " ") for name in columns), box=None)
+    for column in table.columns:
+        column.overflow = "fold"  # a terminal may be narrow; figures are not cut
     for row in rows:
         table.add_row(*("" if row.get(name) is None else str(row[name]) for name in columns))
     console = Console(highlight=False)

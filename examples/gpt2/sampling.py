@@ -7,6 +7,7 @@ The weights are random. In float32 both draw the same tokens; in bfloat16 two ma
 
 import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -17,8 +18,8 @@ from jsonargparse import auto_cli
 from jsonargparse.typing import PositiveInt
 from rich.console import Console
 from rich.table import Table
+from training_step import SHAPES
 
-from flashlab.gpt2.config import preset
 from flashlab.gpt2.model import GPT
 from flashlab.gpt2.sample import generate
 from flashlab.machine import provenance, write_result
@@ -41,7 +42,7 @@ def sampling(
     """Generate tokens with the cache and without.
 
     Args:
-        shape: preset.
+        shape: see `flashlab.gpt2.config.PRESETS`; also tiny.
         new_tokens: how many are generated.
         prompt: tokens before them.
         batch_sizes: sequences side by side.
@@ -53,7 +54,7 @@ def sampling(
     command = shlex.join(["python", "examples/gpt2/sampling.py", *sys.argv[1:]])
     record: dict[str, Any] = provenance("gpt2_sampling") | {"command": command, "method": METHOD, "rows": []}
     torch.manual_seed(0)
-    model = GPT(preset(shape)).eval().to(device)
+    model = GPT(replace(SHAPES[shape], block_size=prompt + new_tokens)).eval().to(device)
     for dtype in (torch.float32, torch.bfloat16):
         model.to(dtype)
         for batch_size in batch_sizes:
@@ -84,6 +85,8 @@ def sampling(
             write_result(out, record)
     columns = list(record["rows"][0])
     table = Table(*(name.replace("_", " ") for name in columns), box=None)
+    for column in table.columns:
+        column.overflow = "fold"
     for row in record["rows"]:
         table.add_row(*(str(row[name]) for name in columns))
     Console(highlight=False).print(table)

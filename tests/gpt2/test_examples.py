@@ -15,16 +15,17 @@ FOLDER = Path(__file__).parents[2] / "examples/gpt2"
 SIZE = {"--tokens_per_step": 128, "--steps": 2, "--compiled": "false"}
 
 
-def run_script(name, out, **options):
-    words = [f"{key}={value}" for key, value in (SIZE | options | {"--out": out}).items()]
+def run_script(name, out, *words, **options):
+    words = [*words, *(f"{key}={value}" for key, value in (options | {"--out": out}).items())]
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    ran = subprocess.run([sys.executable, FOLDER / name, *words], capture_output=True, text=True, env=environment)
+    command = [sys.executable, FOLDER / name, *map(str, words)]
+    ran = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert ran.returncode == 0, ran.stderr
     return json.loads(out.read_text()), ran.stdout
 
 
 def test_bench_measures_models_beside_transformers_and_says_what_cannot_run(tmp_path):
-    options = {"--presets": "[tiny]", "--lengths": "[32]", "--backends": "[flash_attention_2,auto]"}
+    options = SIZE | {"--presets": "[tiny]", "--lengths": "[32]", "--backends": "[flash_attention_2,auto]"}
     result, printed = run_script("bench.py", tmp_path / "bench.json", **options, **{"--hugging_face": "[eager]"})
     assert result["kind"] == "gpt2_bench"
     absent, *measured = result["rows"]
@@ -40,7 +41,7 @@ def test_bench_measures_models_beside_transformers_and_says_what_cannot_run(tmp_
 
 @pytest.mark.slow  # seven processes that each import torch
 def test_ablation_compares_each_row_with_the_one_it_differs_from(tmp_path):
-    options = {"--preset": "tiny", "--length": 32}
+    options = SIZE | {"--preset": "tiny", "--length": 32}
     result, _ = run_script("ablation.py", tmp_path / "ablation.json", **options)
     rows = {row["row"]: row for row in result["rows"]}
     assert len(rows) == 6
@@ -51,6 +52,53 @@ def test_ablation_compares_each_row_with_the_one_it_differs_from(tmp_path):
             assert row["slower"] == pytest.approx(ratio - 1, abs=1e-3)
     differing = {name: row for name, row in rows.items() if row["against"]}
     assert {row["against"] for row in differing.values()} == {"everything on"}
+
+
+@pytest.fixture(scope="module")
+def tokens(tmp_path_factory):
+    text, out = tmp_path_factory.mktemp("text") / "text.jsonl", tmp_path_factory.mktemp("tokens") / "set"
+    text.write_text("".join(json.dumps({"text": f"{number} is a number. " * 20}) + "\n" for number in range(100)))
+    assert cli.main(["gpt2", "prepare", str(text), "--out", str(out), "--validation", "0.2"]) == 0
+    return out
+
+
+@pytest.mark.slow  # six trainings
+def test_scaling_compares_two_processes_with_one(tokens, tmp_path):
+    sizes = {"--batch_size": 2, "--sharded": "gpt2", "--sharded_batch_size": 2, "--block_size": 32, "--steps": 20}
+    small = {"--more": "--model.n_layer 1 --model.n_head 1 --model.n_embd 32"}
+    result, printed = run_script("experiments.py", tmp_path / "scaling.json", "scaling", tokens, **sizes, **small)
+    found = [(row["strategy"], row["devices"], row["tokens_per_step"], row["status"]) for row in result["rows"]]
+    expected = [(None, 1, 64), ("ddp", 2, 128), (None, 1, 512), ("ddp", 2, 1024), (None, 1, 64), ("fsdp", 2, 128)]
+    assert found == [(*row, "ok") for row in expected]
+    for alone, together in zip(result["rows"][::2], result["rows"][1::2], strict=True):
+        assert together["efficiency"] == pytest.approx(together["tokens_per_s"] / alone["tokens_per_s"] / 2, abs=1e-4)
+    assert "ddp" in printed
+
+
+@pytest.mark.slow  # three trainings
+def test_backends_train_alike_and_those_that_cannot_say_why(tokens, tmp_path):
+    base = tmp_path / "tiny.yaml"
+    base.write_text(
+        "{data: {batch_size: 2}, model: {n_layer: 1, n_head: 1, n_embd: 32, block_size: 32}, "
+        "optimizer: {warmup_steps: 2}, trainer: {global_batch_tokens: 64, log_every_n_steps: 2}}"
+    )
+    options = {"--trained": base, "--steps": 20, "--names": "[sdpa_math,flash_attention_2]"}
+    result, printed = run_script("experiments.py", tmp_path / "backends.json", "backends", tokens, **options)
+    *ran, absent = result["rows"]
+    assert [row["backend"] for row in ran] == ["standard", "standard, uncompiled", "sdpa_math"]
+    for row in ran:
+        assert row["train_loss"] == pytest.approx(ran[0]["train_loss"], abs=1e-3)
+        assert row["first_loss"] > row["train_loss"][-1]
+    assert "CUDA" in absent["reason"]
+    assert absent["reason"] in printed
+
+
+def test_sampling_measures_both_ways_and_compares_their_tokens(tmp_path):
+    options = {"--shape": "tiny", "--new_tokens": 8, "--prompt": 4, "--batch_sizes": "[2]", "--repeats": 1}
+    result, _ = run_script("sampling.py", tmp_path / "sampling.json", **options)
+    exact, rough = result["rows"]
+    assert (exact["dtype"], exact["same_tokens"], rough["dtype"]) == ("float32", 1, "bfloat16")
+    assert exact["times"] == pytest.approx(exact["tokens_per_s"] / exact["tokens_per_s_without_cache"], rel=0.02)
 
 
 def parsed(*files):
