@@ -17,9 +17,10 @@ import torch
 from jsonargparse import auto_cli
 from jsonargparse.typing import PositiveInt
 from rich.console import Console
-from rich.table import Table
+from rich.markdown import Markdown
 from training_step import METHOD, SHAPES, Job, measure
 
+from flashlab.gpt2 import report
 from flashlab.machine import provenance, write_result
 
 
@@ -93,33 +94,8 @@ def ablation(
                     row["more_memory_mib"] = row["peak_memory_mib"] - before["peak_memory_mib"]
             rows[name] = row
             write_result(out, record | {"rows": list(rows.values())})  # what was measured stays
-    show(list(rows.values()))
+    Console().print(Markdown(report.ablation(out)))
     print(f"wrote {out}")
-
-
-def show(rows: list[dict[str, Any]]) -> None:
-    """Print the rows."""
-    table = Table("", "ms/step", "tokens/s", "slower by", "peak MiB", "more MiB", box=None)
-    for column in table.columns[1:]:
-        column.justify = "right"
-    for row in rows:
-        if row["status"] != "ok":
-            table.add_row(row["row"], row["status"])
-            continue
-        peak, more = row["peak_memory_mib"], row.get("more_memory_mib")
-        table.add_row(
-            row["row"],
-            f"{row['ms_per_step']:,.1f}",
-            f"{row['tokens_per_s']:,}",
-            f"{row['slower']:+.1%}" if "slower" in row else "",
-            f"{peak:,}" if peak is not None else "-",
-            f"{more:+,}" if more is not None else "",
-        )
-    console = Console(highlight=False)
-    console.print(table)
-    for row in rows:
-        if row["status"] != "ok":
-            console.print(f"{row['row']}: {row['reason']}", markup=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -17,9 +17,11 @@ import torch
 from jsonargparse import auto_cli
 from jsonargparse.typing import PositiveInt
 from rich.console import Console
-from rich.table import Table
+from rich.markdown import Markdown
 from training_step import METHOD, SHAPES, Job, measure
 
+from flashlab.errors import replacing
+from flashlab.gpt2 import report
 from flashlab.machine import provenance, write_result
 
 LENGTHS = [1024, 2048, 4096, 8192]
@@ -69,41 +71,13 @@ def bench(
                     row = measure(job, Path(folder) / "log")
                     record["rows"].append({"preset": preset, "implementation": implementation, **row})
                     write_result(out, record)  # what was measured stays, whatever becomes of the next
-    show(record["rows"])
+    Console().print(Markdown(report.bench(out)))
+    if any(row["status"] == "ok" for row in record["rows"]):
+        with replacing(out.with_suffix(".png")) as partial:
+            report.draw(record["rows"]).savefig(partial, format="png")
+        print(f"wrote {out.with_suffix('.png')}")
     print(f"claimed: {CLAIM}")
     print(f"wrote {out}")
-
-
-def show(rows: list[dict[str, Any]]) -> None:
-    """Print the rows, with the speed against transformers' eager attention of the same length."""
-    table = Table(
-        "model", "length", "attention", "tokens/s", "MFU", "ms/step", "peak MiB", "batch", "x HF eager", box=None
-    )
-    for column in table.columns[1:]:
-        column.justify = "right"
-    slow = {(row["preset"], row["block_size"]): row.get("tokens_per_s") for row in rows if row["backend"] == "eager"}
-    for row in rows:
-        name = row["backend"] if row["implementation"] == "flashlab" else f"HF {row['backend']}"
-        cells = [row["preset"], str(row["block_size"]), name]
-        if row["status"] != "ok":
-            table.add_row(*cells, row["status"])
-            continue
-        base = slow.get((row["preset"], row["block_size"]))
-        table.add_row(
-            *cells,
-            f"{row['tokens_per_s']:,}",
-            f"{row['mfu']:.1%}" if row["mfu"] is not None else "-",
-            f"{row['ms_per_step']:,.1f}",
-            f"{row['peak_memory_mib']:,}" if row["peak_memory_mib"] is not None else "-",
-            str(row["batch_size"]),
-            f"{row['tokens_per_s'] / base:.2f}" if base else "-",
-        )
-    console = Console(highlight=False)
-    console.print(table)
-    for row in rows:
-        if row["status"] != "ok":
-            name = f"{row['preset']}, {row['block_size']} tokens, {row['implementation']} {row['backend']}"
-            console.print(f"{name}: {row['reason']}", markup=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

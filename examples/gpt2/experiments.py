@@ -18,11 +18,12 @@ import torch
 from jsonargparse import auto_cli
 from jsonargparse.typing import PositiveInt
 from rich.console import Console
-from rich.table import Table
+from rich.markdown import Markdown
 
 from flashlab.attention import AttentionSpec
 from flashlab.attention.backends import BACKENDS, why_not
 from flashlab.btc.report import read_curves
+from flashlab.gpt2 import report
 from flashlab.machine import provenance, write_result
 
 HERE = Path(__file__).parent
@@ -101,8 +102,7 @@ def scaling(
                 alone = alone or row
                 record["rows"].append(row)
                 write_result(out, record)
-    names = ("preset", "strategy", "devices", "tokens_per_step", "tokens_per_s", "efficiency", "mfu")
-    show(record["rows"], *names, "peak_memory_mib", "predicted_memory_mib")
+    Console().print(Markdown(report.scaling(out)))
     print(f"wrote {out}")
 
 
@@ -148,7 +148,7 @@ def backends(
                 row["of_first_10"] = round(max(away[:10]), 5)
             record["rows"].append(row)
             write_result(out, record)
-    show(record["rows"], "backend", "first_loss", "of_first_10", "largest_difference", "best_val_loss", "ms_per_step")
+    Console().print(Markdown(report.backends(out)))
     print(f"wrote {out}")
 
 
@@ -156,20 +156,6 @@ def start(kind: str, command: str) -> dict[str, Any]:
     """Begin a result file."""
     words = ["python", "examples/gpt2/experiments.py", *sys.argv[1:]]
     return provenance(kind) | {"command": shlex.join(words), "rows": []}
-
-
-def show(rows: list[dict[str, Any]], *columns: str) -> None:
-    """Print some columns of the rows, and the reasons of those that failed."""
-    table = Table(*(name.replace("_", " ") for name in columns), box=None)
-    for column in table.columns:
-        column.overflow = "fold"  # a terminal may be narrow; figures are not cut
-    for row in rows:
-        table.add_row(*("" if row.get(name) is None else str(row[name]) for name in columns))
-    console = Console(highlight=False)
-    console.print(table)
-    for row in rows:
-        if row["status"] != "ok":
-            console.print(f"{row.get('backend') or row['preset']}: {row['reason']}", markup=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

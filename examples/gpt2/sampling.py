@@ -17,9 +17,10 @@ import torch
 from jsonargparse import auto_cli
 from jsonargparse.typing import PositiveInt
 from rich.console import Console
-from rich.table import Table
+from rich.markdown import Markdown
 from training_step import SHAPES
 
+from flashlab.gpt2 import report
 from flashlab.gpt2.model import GPT
 from flashlab.gpt2.sample import generate
 from flashlab.machine import provenance, write_result
@@ -83,13 +84,7 @@ def sampling(
                 }
             )
             write_result(out, record)
-    columns = list(record["rows"][0])
-    table = Table(*(name.replace("_", " ") for name in columns), box=None)
-    for column in table.columns:
-        column.overflow = "fold"
-    for row in record["rows"]:
-        table.add_row(*(str(row[name]) for name in columns))
-    Console(highlight=False).print(table)
+    Console().print(Markdown(report.sampling(out)))
     print(f"wrote {out}")
 
 

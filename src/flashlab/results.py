@@ -21,6 +21,7 @@ from flashlab.bench.claims import claims, markdown, published, sweep_tables
 from flashlab.btc.bench import efficiency, name_of
 from flashlab.btc.metrics import COMPARISONS, TITLES, comparisons, load_metrics, number, time_range
 from flashlab.errors import UserError, write_text
+from flashlab.gpt2 import report as gpt2
 from flashlab.report import Table
 
 FOLDER = Path("assets/results")
@@ -263,6 +264,11 @@ RENDERERS: dict[str, Callable[..., str]] = {
     "check": check,
     "claims": claims,
     "full_run": full_run,
+    "gpt2_ablation": gpt2.ablation,
+    "gpt2_backends": gpt2.backends,
+    "gpt2_bench": gpt2.bench,
+    "gpt2_sampling": gpt2.sampling,
+    "gpt2_scaling": gpt2.scaling,
     "heads": heads,
     "interruptions": interruptions,
     "kernels": kernels,
