@@ -23,6 +23,7 @@ from flashlab.cli import main
 from flashlab.errors import UserError
 from flashlab.object_storage import open_storage
 from object_store import KEYS, object_store
+from trainings import only_line
 
 TINY = (
     "--data.context_length 32 --data.stride 16 --data.batch_size 4 --model.width 16 --model.num_layers 1 "
@@ -109,11 +110,6 @@ def outcome(run: Path) -> tuple[dict, dict]:
         {name: tensor.numpy().tobytes() for name, tensor in weights.items()},
         {name: [list(map(float, axis)) for axis in curves[name]] for name in ("train/loss", "val/loss")},
     )
-
-
-def only_line(capsys) -> str:
-    (line,) = capsys.readouterr().err.splitlines()
-    return line
 
 
 # --- training goes through, and comes to the same

@@ -18,12 +18,12 @@ import torch
 import yaml
 from filelock import FileLock
 
-from checkpoints import differences
 from flashlab.attention.backends import BACKENDS
 from flashlab.btc.module import ForecasterModule, load_forecaster
 from flashlab.btc.prepare import open_set, prepare
 from flashlab.btc.report import read_curves
 from flashlab.cli import main
+from trainings import contents, differences, load_all, only_line, send
 
 # Small, and with all that a checkpoint has to carry: the rate is lowered and early stopping counts within 22 steps.
 TINY = (
@@ -56,10 +56,6 @@ def reference(prepared, tmp_path_factory):
     return checkpoints
 
 
-def load_all(run):
-    return {name: torch.load(run / "checkpoints" / name, weights_only=True) for name in ("last.ckpt", "best.ckpt")}
-
-
 def callback(checkpoint, name):
     return next(state for key, state in checkpoint["callbacks"].items() if key.startswith(name))
 
@@ -72,28 +68,6 @@ def assert_same(run, reference):
             assert list(differences(checkpoint[key], expected[key], key)) == []
         for key, value in (("EarlyStopping", "wait_count"), ("BestCheckpoint", "best_model_score")):
             assert callback(checkpoint, key)[value] == callback(expected, key)[value]
-
-
-def send(monkeypatch, number, *, method="training_step", step):
-    """Send a signal to this process in a training step, or in the validation after it."""
-    original, sent = getattr(ForecasterModule, method), []
-
-    def wrapped(self, bars):
-        if self.trainer.global_step == step - (method == "training_step") and not sent:
-            sent.append(os.kill(os.getpid(), number))
-        return original(self, bars)
-
-    monkeypatch.setattr(ForecasterModule, method, wrapped)
-
-
-def only_line(capsys):
-    """Return what was printed to stderr, which must be one line."""
-    (line,) = capsys.readouterr().err.splitlines()
-    return line
-
-
-def contents(folder):
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_training_learns_and_says_how(train, tmp_path, capsys):
@@ -141,7 +115,7 @@ def test_a_stopped_run_resumes_bit_for_bit(train, reference, number, method, ste
     run, handlers = tmp_path / "run", [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)]
     for step in steps:
         with monkeypatch.context() as patch:
-            send(patch, number, method=method, step=step)
+            send(ForecasterModule, patch, number, method=method, step=step)
             assert train(run, "--resume") == 128 + number
         stopped = step + (step % 4 == 0)  # never between a step and its validation
         assert only_line(capsys) == f"{run}: stopped by {number.name} at step {stopped}; continue with --resume"
@@ -161,8 +135,8 @@ def test_asked_twice_it_ends_at_once(train, number, tmp_path):
             for stream in (1, 2):
                 os.dup2(said.fileno(), stream)
             with pytest.MonkeyPatch.context() as patch:
-                send(patch, number, step=2)
-                send(patch, number, step=2)
+                send(ForecasterModule, patch, number, step=2)
+                send(ForecasterModule, patch, number, step=2)
                 train(tmp_path / "run")
             os._exit(0)
         _, status = os.waitpid(child, 0)
@@ -188,7 +162,7 @@ def test_a_kill_at_any_moment_of_writing_loses_nothing(train, reference, tmp_pat
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", keep(os.fsync))
         patch.setattr(Path, "replace", keep(Path.replace))
-        send(patch, signal.SIGTERM, step=10)
+        send(ForecasterModule, patch, signal.SIGTERM, step=10)
         assert train(run) == 143
     assert len(states) > 15
     for number in range(1, len(states)):
@@ -216,7 +190,7 @@ def test_early_stopping_is_final(train, tmp_path, capsys):
 
 def test_a_run_that_was_moved_keeps_its_best(train, reference, tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as patch:
-        send(patch, signal.SIGTERM, step=reference["best.ckpt"]["global_step"] + 1)
+        send(ForecasterModule, patch, signal.SIGTERM, step=reference["best.ckpt"]["global_step"] + 1)
         assert train(tmp_path / "here") == 143
     (tmp_path / "here").rename(tmp_path / "there")
     capsys.readouterr()
@@ -267,7 +241,7 @@ def stopped(train, tmp_path, monkeypatch, capsys):
     """A run that was stopped at step 11."""
     monkeypatch.setenv("EVIL", str(tmp_path / "evil"))
     with monkeypatch.context() as patch:
-        send(patch, signal.SIGTERM, step=11)
+        send(ForecasterModule, patch, signal.SIGTERM, step=11)
         assert train(tmp_path / "run") == 143
     capsys.readouterr()
     return tmp_path / "run"

@@ -14,7 +14,6 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny import CPU_BACKENDS
 
-from checkpoints import differences
 from flashlab.attention import AttentionSpec
 from flashlab.attention.backends import BACKENDS
 from flashlab.cli import main
@@ -28,6 +27,7 @@ from flashlab.gpt2.module import GPTModule, load_gpt
 from flashlab.gpt2.options import ModelConfig, OptimizerConfig, TrainerConfig
 from flashlab.gpt2.prepare import prepare
 from flashlab.gpt2.tokens import open_set
+from trainings import contents, differences, load_all, only_line, send
 
 SHAPE = "--model.n_layer 2 --model.n_head 2 --model.n_embd 32 --model.block_size 32"
 TINY = (
@@ -62,10 +62,6 @@ def reference(token_set, tmp_path_factory):
     return run
 
 
-def load_all(run):
-    return {name: torch.load(run / "checkpoints" / name, weights_only=True) for name in ("last.ckpt", "best.ckpt")}
-
-
 def curves(run):
     events = EventAccumulator(str(run), size_guidance={"scalars": 0})
     events.Reload()
@@ -77,27 +73,6 @@ def assert_same(run, reference):
     for (name, checkpoint), expected in zip(load_all(run).items(), load_all(reference).values(), strict=True):
         for key in expected.keys() - {"callbacks", "hyper_parameters"}:
             assert list(differences(checkpoint[key], expected[key], f"{name}.{key}")) == []
-
-
-def send(monkeypatch, number, *, method="training_step", step):
-    """Send a signal to this process in a training step, or in the validation after it."""
-    original, sent = getattr(GPTModule, method), []
-
-    def wrapped(self, blocks):
-        if self.trainer.global_step == step - (method == "training_step") and not sent:
-            sent.append(os.kill(os.getpid(), number))
-        return original(self, blocks)
-
-    monkeypatch.setattr(GPTModule, method, wrapped)
-
-
-def only_line(capsys):
-    (line,) = capsys.readouterr().err.splitlines()
-    return line
-
-
-def contents(folder):
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 # --- it learns
@@ -219,7 +194,7 @@ def test_a_stopped_run_resumes_bit_for_bit(train, reference, number, method, ste
     run = tmp_path / "run"
     for step in steps:
         with monkeypatch.context() as patch:
-            send(patch, number, method=method, step=step)
+            send(GPTModule, patch, number, method=method, step=step)
             assert train(run, "--resume") == 128 + number
         stopped = step + (step % 4 == 0)  # never between a step and its validation
         assert only_line(capsys) == f"{run}: stopped by {number.name} at step {stopped}; continue with --resume"
@@ -236,7 +211,7 @@ def test_dropout_resumes_bit_for_bit(train, reference, tmp_path, monkeypatch):
     assert train(tmp_path / "whole", "--model.dropout", 0.1) == 0
     assert curves(tmp_path / "whole")["train/loss"] != curves(reference)["train/loss"]
     with monkeypatch.context() as patch:
-        send(patch, signal.SIGTERM, step=5)
+        send(GPTModule, patch, signal.SIGTERM, step=5)
         assert train(tmp_path / "run", "--model.dropout", 0.1) == 143
     assert train(tmp_path / "run", "--model.dropout", 0.1, "--resume") == 0
     assert_same(tmp_path / "run", tmp_path / "whole")
@@ -245,7 +220,7 @@ def test_dropout_resumes_bit_for_bit(train, reference, tmp_path, monkeypatch):
 def test_a_run_resumes_with_other_batches_of_the_same_step(train, reference, tmp_path, monkeypatch):
     run = tmp_path / "run"
     with monkeypatch.context() as patch:
-        send(patch, signal.SIGTERM, step=6)
+        send(GPTModule, patch, signal.SIGTERM, step=6)
         assert train(run) == 143
     assert train(run, "--resume", "--data.batch_size", 2) == 0
     one, two = load_all(reference)["last.ckpt"], load_all(run)["last.ckpt"]
@@ -257,7 +232,7 @@ def test_a_run_resumes_with_other_batches_of_the_same_step(train, reference, tmp
 def stopped(train, tmp_path, monkeypatch, capsys):
     """A run that was stopped at step 6."""
     with monkeypatch.context() as patch:
-        send(patch, signal.SIGTERM, step=6)
+        send(GPTModule, patch, signal.SIGTERM, step=6)
         assert train(tmp_path / "run") == 143
     capsys.readouterr()
     return tmp_path / "run"

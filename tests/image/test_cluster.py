@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from checkpoints import differences
+from trainings import differences
 
 pytestmark = pytest.mark.docker
 
