@@ -1,6 +1,5 @@
 """Train the forecaster with Lightning."""
 
-import sys
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -8,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from jsonargparse.typing import PositiveFloat, PositiveInt, restricted_number_type
-from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch import seed_everything
 from lightning.pytorch.callbacks import Callback, EarlyStopping
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy
@@ -24,16 +23,10 @@ from flashlab.btc.profile import FIRST_STEP, STEPS, Profile
 from flashlab.btc.windows import part_windows
 from flashlab.errors import UserError
 from flashlab.machine import memory
-from flashlab.training.callbacks import (
-    AtomicCheckpointIO,
-    BestCheckpoint,
-    Checkpoints,
-    Progress,
-    ProgressLines,
-    Speed,
-)
-from flashlab.training.run import Run, choose_accelerator, choose_precision, plain, quieten, why_not_compiled
-from flashlab.training.world import TIMEOUT, SameStart, choose_size
+from flashlab.training.callbacks import Checkpoints, Speed
+from flashlab.training.run import Run, plain
+from flashlab.training.trainer import choose_accelerator, choose_precision, make_trainer, quieten, why_not_compiled
+from flashlab.training.world import TIMEOUT, choose_size
 
 if TYPE_CHECKING:
     TwoOrMore = int
@@ -145,40 +138,26 @@ def train(
     }
     with this.begun(config, facts) as record:
         checkpoints = Checkpoints(run, trainer.checkpoint_every_n_steps, checkpoint)
-        has_bar = sys.stdout.isatty()
         world_size = trainer.devices * trainer.num_nodes
         skipped = FIRST_STEP + STEPS if trainer.profile else 0
         bars_per_step = data.batch_size * data.context_length * world_size
-        callbacks: list[Callback] = [
-            BestCheckpoint(run),
-            Progress(refresh_rate=trainer.log_every_n_steps) if has_bar else ProgressLines(),
-            Speed("bars", bars_per_step, skip=skipped),
-        ]
+        callbacks: list[Callback] = [EarlyStopping("val/loss", patience=trainer.early_stopping_patience)]
         if optimizer.average_decay:
-            callbacks.append(AverageWeights(optimizer.average_decay))
-        early_stopping = EarlyStopping("val/loss", patience=trainer.early_stopping_patience)
-        callbacks += [early_stopping, checkpoints, SameStart(run)]
+            callbacks.insert(0, AverageWeights(optimizer.average_decay))
         if trainer.profile:
             callbacks.append(Profile(run))
-        lightning = Trainer(
+        lightning = make_trainer(
+            run,
+            trainer,
+            trainer.max_steps,
+            Speed("bars", bars_per_step, skip=skipped),
+            checkpoints,
+            callbacks,
             accelerator=accelerator,
-            devices=trainer.devices,
-            num_nodes=trainer.num_nodes,
             strategy=(Replicas if captured else DDPStrategy)(timeout=TIMEOUT) if world_size > 1 else "auto",
             precision=precision,
-            max_epochs=1,  # of EndlessBatches, whose one pass is the whole run: steps count, not epochs
-            max_steps=trainer.max_steps,
-            val_check_interval=min(trainer.val_every_n_steps, trainer.max_steps),
-            check_val_every_n_epoch=None,
-            num_sanity_val_steps=0,
-            log_every_n_steps=trainer.log_every_n_steps,
             gradient_clip_val=trainer.gradient_clip_val,
-            use_distributed_sampler=False,
             logger=TensorBoardLogger(run, name=None, version="", default_hp_metric=False),
-            callbacks=callbacks,
-            plugins=[AtomicCheckpointIO()],
-            enable_model_summary=False,
-            enable_progress_bar=has_bar,
         )
         this.say(
             f"{run}: {facts['parameters']:,} parameters, {lightning.max_steps:,} steps on {accelerator} ({where}; "

@@ -1,6 +1,5 @@
 """Train GPT-2 with Lightning."""
 
-import sys
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -8,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from jsonargparse.typing import restricted_number_type
-from lightning.pytorch import Trainer, seed_everything
-from lightning.pytorch.callbacks import Callback, EarlyStopping
+from lightning.pytorch import seed_everything
+from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 
 from flashlab.attention import AttentionSpec, resolve
@@ -23,16 +22,10 @@ from flashlab.gpt2.module import COMPUTED, GPTModule, TokensDataModule
 from flashlab.gpt2.options import DataConfig, LoggerConfig, ModelConfig, OptimizerConfig, TrainerConfig
 from flashlab.gpt2.tokenizer import VOCABULARY
 from flashlab.gpt2.tokens import TokenSet, open_set
-from flashlab.training.callbacks import (
-    AtomicCheckpointIO,
-    BestCheckpoint,
-    Checkpoints,
-    Progress,
-    ProgressLines,
-    Speed,
-)
-from flashlab.training.run import Run, choose_accelerator, choose_precision, plain, quieten, why_not_compiled
-from flashlab.training.world import TIMEOUT, SameStart, choose_size
+from flashlab.training.callbacks import Checkpoints, Speed
+from flashlab.training.run import Run, plain
+from flashlab.training.trainer import choose_accelerator, choose_precision, make_trainer, quieten, why_not_compiled
+from flashlab.training.world import TIMEOUT, choose_size
 
 if TYPE_CHECKING:
     Seed = int
@@ -163,34 +156,19 @@ def train(
         peak_per_s = world_size * peak / flops_per_token(shape, shape.block_size) if peak else None
         speed = Speed("tokens", tokens_per_step, peak_per_s=peak_per_s)
         checkpoints = Checkpoints(run, trainer.checkpoint_every_n_steps, checkpoint)
-        has_bar = sys.stdout.isatty()
-        callbacks: list[Callback] = [
-            BestCheckpoint(run),
-            Progress(trainer.log_every_n_steps, speed) if has_bar else ProgressLines(speed),
+        patience = trainer.early_stopping_patience
+        lightning = make_trainer(
+            run,
+            trainer,
+            max_steps,
             speed,
-        ]
-        if trainer.early_stopping_patience:
-            callbacks.append(EarlyStopping("val/loss", patience=trainer.early_stopping_patience))
-        callbacks += [checkpoints, SameStart(run)]
-        lightning = Trainer(
+            checkpoints,
+            [EarlyStopping("val/loss", patience=patience)] if patience else [],
             accelerator=accelerator,
-            devices=devices,
-            num_nodes=num_nodes,
             strategy=_strategy(trainer.strategy, world_size),
             precision=precision,
-            max_epochs=1,  # of EndlessBatches, whose one pass is the whole run: steps count, not epochs
-            max_steps=max_steps,
-            val_check_interval=min(trainer.val_every_n_steps, max_steps),
-            check_val_every_n_epoch=None,
-            num_sanity_val_steps=0,
-            log_every_n_steps=trainer.log_every_n_steps,
             inference_mode=False,  # which neither sharded nor compiled models take
-            use_distributed_sampler=False,
             logger=curves,
-            callbacks=callbacks,
-            plugins=[AtomicCheckpointIO()],
-            enable_model_summary=False,
-            enable_progress_bar=has_bar,
         )
         this.say(
             f"{run}: {num_parameters(shape):,} parameters, {max_steps:,} steps of {tokens_per_step:,} tokens on "

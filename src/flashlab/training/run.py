@@ -1,9 +1,6 @@
-"""A run: its folder, the machine it is trained on, signals that end it, and checkpoints it goes on from."""
+"""A run: its folder, signals that end it, and checkpoints it goes on from."""
 
 import json
-import logging
-import os
-import shutil
 import signal
 import sys
 import threading
@@ -231,46 +228,9 @@ def read_record(folder: Path) -> dict[str, Any]:
         return {}
 
 
-def quieten() -> None:
-    """Have libraries say only what a user can act on."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", ".*isinstance.treespec, LeafSpec.*")  # between Lightning and torch
-
-
 def plain(section: Section) -> Section:
     """Turn jsonargparse's numbers and tuples into what YAML and a checkpoint without pickled code can hold."""
     return type(section)(**json.loads(json.dumps(asdict(section))))  # type: ignore[call-overload]
-
-
-def choose_accelerator(accelerator: str, devices: int) -> str:
-    """Return gpu or cpu.
-
-    Raises:
-        UserError: there is no GPU, or fewer than asked for.
-    """
-    if accelerator == "gpu" and not torch.cuda.is_available():
-        raise UserError("--trainer.accelerator gpu: torch sees no GPU here; `flashlab doctor` says why")
-    if accelerator != "cpu" and torch.cuda.is_available():
-        if devices > torch.cuda.device_count():
-            raise UserError(f"--trainer.devices {devices}: this machine has {torch.cuda.device_count()} GPU(s)")
-        return "gpu"
-    return "cpu"
-
-
-def choose_precision(precision: str, accelerator: str) -> Any:
-    """Return Lightning's name for the precision: of auto, bfloat16 where the GPU has it, and float32 elsewhere."""
-    if precision != "auto":
-        return precision
-    return "bf16-mixed" if accelerator == "gpu" and torch.cuda.is_bf16_supported() else "32-true"
-
-
-def why_not_compiled(accelerator: str) -> str | None:
-    """Say why torch.compile is of no use here, or return None when it is."""
-    if accelerator != "gpu":
-        return "there is no GPU"
-    if not (os.environ.get("CC") or any(map(shutil.which, ("gcc", "cc", "clang")))):
-        return "torch.compile finds no C compiler (install gcc)"
-    return None
 
 
 @contextmanager
