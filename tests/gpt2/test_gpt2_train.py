@@ -425,9 +425,9 @@ def flashlab(*arguments):
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_two_processes_train_as_one(reference, token_set, strategy, tmp_path):
-    """Each computes half of every step, and fsdp keeps half of the model in each."""
+    """Each computes half of every step, and fsdp keeps half of the model in each; compiled, as on GPUs."""
     options = ["--data.path", token_set, *TINY.split(), "--data.batch_size", 2, "--trainer.val_batches", 4]
-    together = ["--trainer.devices", 2, "--trainer.strategy", strategy]
+    together = ["--trainer.devices", 2, "--trainer.strategy", strategy, "--trainer.compile", "true"]
     for name, chosen in (("one", []), ("two", together)):
         ran = flashlab(*options, *chosen, "--run", tmp_path / name)
         assert ran.returncode == 0, ran.stderr
