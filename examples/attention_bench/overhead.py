@@ -23,6 +23,7 @@ from flashlab.attention.backends import BACKENDS, why_not
 from flashlab.attention.spec import AttentionSpec, Options
 from flashlab.bench.measure import one_line
 from flashlab.bench.sweep import choose_device
+from flashlab.cli import reported
 from flashlab.machine import provenance
 
 SHAPE = {"batch_size": 1, "seqlen_q": 1, "seqlen_k": 128, "num_heads": 8, "head_dim": 64}  # one token of decoding
@@ -190,4 +191,4 @@ def show(rows: list[dict[str, Any]], device: torch.device) -> None:
 
 
 if __name__ == "__main__":
-    auto_cli(overhead)
+    sys.exit(reported(lambda: auto_cli(overhead)))

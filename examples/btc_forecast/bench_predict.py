@@ -1,5 +1,6 @@
 """Measure the stream of `flashlab predict RUN -` beside running the whole window for every bar."""
 
+import sys
 from json import dumps
 from pathlib import Path
 from time import perf_counter
@@ -12,6 +13,7 @@ from flashlab.btc.bars import FEATURES
 from flashlab.btc.model import Forecaster, ModelConfig
 from flashlab.btc.simulate import simulate_bars
 from flashlab.btc.stream import Stream
+from flashlab.cli import reported
 
 
 @torch.inference_mode()
@@ -50,4 +52,4 @@ def bench(*, context_length: int = 2048, samples: int = 8, json: Path | None = N
 
 
 if __name__ == "__main__":
-    auto_cli(bench)
+    sys.exit(reported(lambda: auto_cli(bench)))

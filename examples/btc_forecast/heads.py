@@ -15,6 +15,7 @@ from pathlib import Path
 
 from jsonargparse import auto_cli
 
+from flashlab.cli import reported
 from flashlab.machine import provenance, write_result
 
 HERE = Path(__file__).parent
@@ -22,7 +23,9 @@ NUM_HEADS = (8, 4, 2, 1)
 
 
 def flashlab(*arguments: object) -> None:
-    subprocess.run([sys.executable, "-m", "flashlab", *map(str, arguments)], check=True, stdout=sys.stderr)
+    done = subprocess.run([sys.executable, "-m", "flashlab", *map(str, arguments)], stdout=sys.stderr)
+    if done.returncode:
+        sys.exit(done.returncode)  # it has said why
 
 
 def heads(
@@ -73,4 +76,4 @@ def heads(
 
 
 if __name__ == "__main__":
-    auto_cli(heads, as_positional=True)
+    sys.exit(reported(lambda: auto_cli(heads, as_positional=True)))

@@ -18,8 +18,9 @@ from jsonargparse import auto_cli
 from jsonargparse.typing import PositiveInt
 from rich.console import Console
 from rich.markdown import Markdown
-from training_step import METHOD, SHAPES, Job, measure
+from training_step import METHOD, Job, measure, shape
 
+from flashlab.cli import reported
 from flashlab.gpt2 import report
 from flashlab.machine import provenance, write_result
 
@@ -78,7 +79,7 @@ def ablation(
         compiled: compile the model by torch.compile; without it the rows of what that fuses are left out.
         out: result file.
     """
-    config = replace(SHAPES[preset], block_size=length, backend=backend)
+    config = shape(preset, block_size=length, backend=backend)
     base = Job(config, tokens_per_step=tokens_per_step, compiled=compiled, steps=steps)
     command = shlex.join(["python", "examples/gpt2/ablation.py", *sys.argv[1:]])
     record: dict[str, Any] = provenance("gpt2_ablation") | {"command": command, "method": METHOD, "preset": preset}
@@ -99,4 +100,4 @@ def ablation(
 
 
 if __name__ == "__main__":
-    auto_cli(ablation)
+    sys.exit(reported(lambda: auto_cli(ablation)))

@@ -7,7 +7,6 @@ Every row is a process of its own. Tokens per step are equal in all rows, whatev
 
 import shlex
 import sys
-from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -18,9 +17,11 @@ from jsonargparse import auto_cli
 from jsonargparse.typing import PositiveInt
 from rich.console import Console
 from rich.markdown import Markdown
-from training_step import METHOD, SHAPES, Job, measure
+from training_step import METHOD, Job, measure, shape
 
-from flashlab.errors import replacing
+from flashlab.attention import backends as attention
+from flashlab.cli import reported
+from flashlab.errors import UserError, replacing
 from flashlab.gpt2 import report
 from flashlab.machine import provenance, write_result
 
@@ -57,6 +58,15 @@ def bench(
     if hugging_face and find_spec("transformers") is None:
         print("transformers is not installed: measured without it", file=sys.stderr)
         hugging_face = []
+    for preset in presets:
+        shape(preset)
+    names = ("auto", *attention.BACKENDS)
+    for backend in backends:
+        if backend not in names:
+            raise UserError(f"--backends: no attention backend {backend!r}; there are: {', '.join(names)}")
+    for length in lengths:
+        if tokens_per_step % length:
+            raise UserError(f"--tokens_per_step {tokens_per_step:,} is no multiple of the length {length:,}")
     contestants = [("flashlab", backend) for backend in backends] + [("transformers", name) for name in hugging_face]
     command = shlex.join(["python", "examples/gpt2/bench.py", *sys.argv[1:]])
     record: dict[str, Any] = provenance("gpt2_bench") | {"command": command, "method": METHOD, "claim": CLAIM}
@@ -66,7 +76,7 @@ def bench(
             for length in lengths:
                 for implementation, backend in contestants:
                     print(f"{preset}, {length:,} tokens, {implementation} {backend} ... ", end="", file=sys.stderr)
-                    config = replace(SHAPES[preset], block_size=length, backend=backend, dropout=dropout)
+                    config = shape(preset, block_size=length, backend=backend, dropout=dropout)
                     job = Job(config, implementation, tokens_per_step, compiled, steps=steps)
                     row = measure(job, Path(folder) / "log")
                     record["rows"].append({"preset": preset, "implementation": implementation, **row})
@@ -81,4 +91,4 @@ def bench(
 
 
 if __name__ == "__main__":
-    auto_cli(bench)
+    sys.exit(reported(lambda: auto_cli(bench)))

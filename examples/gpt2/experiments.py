@@ -23,7 +23,9 @@ from rich.markdown import Markdown
 from flashlab.attention import AttentionSpec
 from flashlab.attention.backends import BACKENDS, why_not
 from flashlab.btc.report import read_curves
+from flashlab.cli import reported
 from flashlab.gpt2 import report
+from flashlab.gpt2.tokens import open_set
 from flashlab.machine import provenance, write_result
 
 HERE = Path(__file__).parent
@@ -53,7 +55,7 @@ def scaling(
     steps: PositiveInt = 30,
     more: str = "",
     out: Path = Path("runs/gpt2_scaling.json"),
-) -> None:
+) -> int:
     """Compare several GPUs with one that does the same share of a step: tokens/s by DDP, memory per GPU by FSDP.
 
     Args:
@@ -67,6 +69,7 @@ def scaling(
         more: options of `flashlab gpt2 train` for all runs, as one word.
         out: result file.
     """
+    open_set(data)
     record = start("gpt2_scaling", "scaling")
     cases = [("gpt2", "ddp", batch_size, 1), ("gpt2", "ddp", batch_size, 8), (sharded, "fsdp", sharded_batch_size, 1)]
     with TemporaryDirectory(prefix="flashlab-") as folder:
@@ -104,6 +107,7 @@ def scaling(
                 write_result(out, record)
     Console().print(Markdown(report.scaling(out)))
     print(f"wrote {out}")
+    return int(any(row["status"] == "failed" for row in record["rows"]))
 
 
 def backends(
@@ -112,7 +116,7 @@ def backends(
     names: list[str] = list(BACKENDS),  # noqa: B006 - not changed
     steps: PositiveInt = 500,
     out: Path = Path("runs/gpt2_backends.json"),
-) -> None:
+) -> int:
     """Train one model with one attention backend after the other, from the same weights on the same blocks.
 
     Beside them stands standard attention without torch.compile: what rounding at other places does by itself.
@@ -129,6 +133,7 @@ def backends(
     spec = AttentionSpec(64, 512, 512, 6, 6, 64, dtype, device, causal=True, needs_grad=True)
     contestants = [("standard", ["--trainer.compile", "auto"]), ("standard", ["--trainer.compile", "false"])]
     contestants += [(name, contestants[0][1]) for name in names if name != "standard"]
+    open_set(data)
     record = start("gpt2_backends", "backends")
     expected: list[float] = []
     with TemporaryDirectory(prefix="flashlab-") as folder:
@@ -150,6 +155,7 @@ def backends(
             write_result(out, record)
     Console().print(Markdown(report.backends(out)))
     print(f"wrote {out}")
+    return int(any(row["status"] == "failed" for row in record["rows"]))
 
 
 def start(kind: str, command: str) -> dict[str, Any]:
@@ -159,4 +165,4 @@ def start(kind: str, command: str) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    auto_cli([scaling, backends], as_positional=True)
+    sys.exit(reported(lambda: auto_cli([scaling, backends], as_positional=True)))

@@ -7,7 +7,6 @@ The weights are random. In float32 both draw the same tokens; in bfloat16 two ma
 
 import shlex
 import sys
-from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -18,8 +17,9 @@ from jsonargparse import auto_cli
 from jsonargparse.typing import PositiveInt
 from rich.console import Console
 from rich.markdown import Markdown
-from training_step import SHAPES
+from training_step import shape
 
+from flashlab.cli import reported
 from flashlab.gpt2 import report
 from flashlab.gpt2.model import GPT
 from flashlab.gpt2.sample import generate
@@ -33,7 +33,7 @@ METHOD = {
 
 def sampling(
     *,
-    shape: str = "gpt2",
+    preset: str = "gpt2",
     new_tokens: PositiveInt = 512,
     prompt: PositiveInt = 16,
     batch_sizes: list[PositiveInt] = [1, 16],  # noqa: B006 - not changed
@@ -43,7 +43,7 @@ def sampling(
     """Generate tokens with the cache and without.
 
     Args:
-        shape: see `flashlab.gpt2.config.PRESETS`; also tiny.
+        preset: shape, see `flashlab.gpt2.config.PRESETS`; also tiny.
         new_tokens: how many are generated.
         prompt: tokens before them.
         batch_sizes: sequences side by side.
@@ -55,7 +55,7 @@ def sampling(
     command = shlex.join(["python", "examples/gpt2/sampling.py", *sys.argv[1:]])
     record: dict[str, Any] = provenance("gpt2_sampling") | {"command": command, "method": METHOD, "rows": []}
     torch.manual_seed(0)
-    model = GPT(replace(SHAPES[shape], block_size=prompt + new_tokens)).eval().to(device)
+    model = GPT(shape(preset, block_size=prompt + new_tokens)).eval().to(device)
     for dtype in (torch.float32, torch.bfloat16):
         model.to(dtype)
         for batch_size in batch_sizes:
@@ -73,7 +73,7 @@ def sampling(
             same = (drawn[True] == drawn[False]).cumprod(dim=0).double().mean()
             record["rows"].append(
                 {
-                    "shape": shape,
+                    "preset": preset,
                     "dtype": str(dtype).removeprefix("torch."),
                     "batch_size": batch_size,
                     "new_tokens": new_tokens,
@@ -89,4 +89,4 @@ def sampling(
 
 
 if __name__ == "__main__":
-    auto_cli(sampling)
+    sys.exit(reported(lambda: auto_cli(sampling)))

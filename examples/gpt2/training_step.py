@@ -16,7 +16,7 @@ from torch.nn import functional
 from flashlab.attention import AttentionSpec, resolve
 from flashlab.gpt2 import config as config_module
 from flashlab.gpt2 import model as model_module
-from flashlab.gpt2.config import PRESETS, GPTConfig, flops_per_token, num_parameters
+from flashlab.gpt2.config import GPTConfig, flops_per_token, num_parameters, preset
 from flashlab.gpt2.hardware import peak_flops
 from flashlab.gpt2.loss import resolve as resolve_loss
 from flashlab.gpt2.model import GPT
@@ -24,8 +24,7 @@ from flashlab.worker import Worker, WorkerLost
 
 Row = dict[str, Any]
 LIMIT_S = 900.0
-# Small enough for a test on a CPU.
-SHAPES = PRESETS | {"tiny": GPTConfig(n_layer=2, n_head=2, n_embd=64, block_size=64, vocab_size=257)}
+TINY = GPTConfig(n_layer=2, n_head=2, n_embd=64, block_size=64, vocab_size=257)  # for a test on a CPU
 METHOD = {
     "step": "random tokens; forward and backward pass of all micro-batches, gradients clipped to norm 1, AdamW; "
     "bfloat16 by autocast on a GPU, float32 on a CPU",
@@ -60,6 +59,15 @@ class Job:
     padded: bool = True
     unfused: tuple[str, ...] = ()
     steps: int = 20
+
+
+def shape(name: str, **changes: Any) -> GPTConfig:
+    """Return a preset, or tiny, with what is to differ from it.
+
+    Raises:
+        UserError: there is no such preset, or no model can have this shape.
+    """
+    return replace(TINY, **changes) if name == "tiny" else preset(name, **changes)
 
 
 def measure(job: Job, log: Path) -> Row:

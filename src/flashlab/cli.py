@@ -60,19 +60,31 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: 0, 1 for a check that found something wrong or could judge nothing, 2 for a user's mistake,
         128 + signal for a stop.
     """
-    argv = list(sys.argv[1:] if argv is None else argv)
+    return reported(lambda: _run(list(sys.argv[1:] if argv is None else argv)))
+
+
+def _run(argv: list[str]) -> int | None:
+    name = next((name for name in COMMANDS if argv[: len(name.split())] == name.split()), None)
+    if name is None:
+        return _overview(argv)
+    command = load(name)
+    options = build_parser(name, command)
+    parsed = options.parse_args(_complete_flags(command, argv[len(name.split()) :]))
+    for key, parameter in inspect.signature(command).parameters.items():
+        if is_dataclass(parameter.annotation) and not isinstance(parsed[key], Namespace):
+            raise UserError(f"--config: {key} must be a section with keys of its own, not {parsed[key]!r}")
+    arguments = options.instantiate(parsed).as_dict()
+    return command(**{key: arguments[key] for key in inspect.signature(command).parameters})
+
+
+def reported(command: Callable[[], int | None]) -> int:
+    """Call a command; what it raises for a user's mistake becomes one line, and Ctrl-C another.
+
+    Returns:
+        The exit code, as `main`.
+    """
     try:
-        name = next((name for name in COMMANDS if argv[: len(name.split())] == name.split()), None)
-        if name is None:
-            return _overview(argv)
-        command = load(name)
-        options = build_parser(name, command)
-        parsed = options.parse_args(_complete_flags(command, argv[len(name.split()) :]))
-        for key, parameter in inspect.signature(command).parameters.items():
-            if is_dataclass(parameter.annotation) and not isinstance(parsed[key], Namespace):
-                raise UserError(f"--config: {key} must be a section with keys of its own, not {parsed[key]!r}")
-        arguments = options.instantiate(parsed).as_dict()
-        return command(**{key: arguments[key] for key in inspect.signature(command).parameters}) or 0
+        return command() or 0
     except UserError as error:
         print(f"flashlab: error: {error}", file=sys.stderr)
         return 2

@@ -3,7 +3,6 @@ import gzip
 import json
 import os
 import pickle
-import re
 import resource
 import shutil
 import signal
@@ -76,7 +75,7 @@ def test_training_learns_and_says_how(train, tmp_path, capsys):
     out, err = capsys.readouterr()
     assert err == ""
     assert f"score it with `flashlab evaluate {run}`" in out
-    assert re.search(r"\nstep 1 of 60, 0:\d\d:\d\d left\n", out), "where no bar can move lines say how far it is"
+    assert "\nstep 1 of 60\n" in out, "where no bar can move lines say how far it is"
     curves = {tag: values for tag, (_, values) in read_curves(run).items()}
     assert curves["train/loss"][-20:].mean() < curves["train/loss"][:5].mean() - 0.1
     assert curves["val/loss"][-1] < curves["val/loss"][0]

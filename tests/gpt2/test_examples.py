@@ -17,7 +17,7 @@ SIZE = {"--tokens_per_step": 128, "--steps": 2, "--compiled": "false"}
 
 def run_script(name, out, *words, **options):
     words = [*words, *(f"{key}={value}" for key, value in (options | {"--out": out}).items())]
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "COLUMNS": "160"}
     command = [sys.executable, FOLDER / name, *map(str, words)]
     ran = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert ran.returncode == 0, ran.stderr
@@ -38,6 +38,25 @@ def test_bench_measures_models_beside_transformers_and_says_what_cannot_run(tmp_
         assert row["tokens_per_s"] == pytest.approx(128 / row["ms_per_step"] * 1e3, rel=0.01)
     assert "FlashAttention" not in printed
     assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        (["bench.py", "--presets", "[nope]"], "no preset 'nope'"),
+        (["bench.py", "--backends", "[nope]"], "--backends: no attention backend 'nope'; there are: auto, standard"),
+        (["bench.py", "--tokens_per_step", "100"], "--tokens_per_step 100 is no multiple of the length 1,024"),
+        (["experiments.py", "scaling", "nope"], "nope is not a token set (it has no manifest.json); make it with"),
+    ],
+)
+def test_a_mistake_is_one_line(words, complaint, tmp_path):
+    name, *options = words
+    command = [sys.executable, FOLDER / name, *options, "--out", tmp_path / "out.json"]
+    ran = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    assert ran.returncode == 2
+    (line,) = ran.stderr.splitlines()
+    assert complaint in line
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.slow  # seven processes that each import torch
@@ -95,7 +114,7 @@ def test_backends_train_alike_and_those_that_cannot_say_why(tokens, tmp_path):
 
 
 def test_sampling_measures_both_ways_and_compares_their_tokens(tmp_path):
-    options = {"--shape": "tiny", "--new_tokens": 8, "--prompt": 4, "--batch_sizes": "[2]", "--repeats": 1}
+    options = {"--preset": "tiny", "--new_tokens": 8, "--prompt": 4, "--batch_sizes": "[2]", "--repeats": 1}
     result, _ = run_script("sampling.py", tmp_path / "sampling.json", **options)
     exact, rough = result["rows"]
     assert (exact["dtype"], exact["same_tokens"], rough["dtype"]) == ("float32", 1, "bfloat16")

@@ -89,7 +89,7 @@ def test_backends_that_were_not_measured_say_why(written):
 def test_the_cache_stands_beside_all_positions_anew(written):
     rows = [
         {
-            **{"shape": "gpt2", "dtype": "float32", "batch_size": 1, "new_tokens": 512, "tokens_per_s": 1000.0},
+            **{"preset": "gpt2", "dtype": "float32", "batch_size": 1, "new_tokens": 512, "tokens_per_s": 1000.0},
             **{"tokens_per_s_without_cache": 100.0, "times": 10.0, "same_tokens": 1.0},
         }
     ]

@@ -175,6 +175,15 @@ def test_the_backend_that_a_model_was_trained_with_does_not_decide(tmp_path, cap
         assert "flash_attention_2" in refused(capsys, *how, "--backend", "flash_attention_2")
 
 
+def test_a_run_of_another_model_is_no_damaged_one(run, tmp_path, capsys):
+    other = tmp_path / "other"
+    (other / "checkpoints").mkdir(parents=True)
+    torch.save({"hyper_parameters": {"model": {}}, "state_dict": {}}, other / "checkpoints" / "best.ckpt")
+    assert "best.ckpt was not written by `flashlab gpt2 train`; give the folder of a" in refused(
+        capsys, "sample", other
+    )
+
+
 def test_a_reader_that_goes_away_ends_it_quietly(run):
     code = "import sys; from flashlab.cli import main; sys.exit(main(sys.argv[1:]))"
     arguments = ["gpt2", "sample", str(run), "--max_new_tokens", "120"]

@@ -172,6 +172,8 @@ def open_set(path: str | Path) -> PreparedSet:
         ) from error
     except ValueError:
         manifest = None
+    if isinstance(manifest, dict) and manifest.get("kind") == "tokens":
+        raise UserError(f"{path} holds tokens, not bars: they are for `flashlab gpt2 train`; give a prepared set")
     if not isinstance(manifest, dict) or "schema_version" not in manifest:
         raise UserError(f"{path}/{MANIFEST} is damaged, or another program's; {remedy}")
     if (version := manifest["schema_version"]) != SCHEMA_VERSION:

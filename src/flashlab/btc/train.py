@@ -167,9 +167,10 @@ def train(
         if code := this.fit(lightning, module, datamodule, checkpoints, checkpoint):
             return code
     finished = this.finish(record, lightning, started, {"step": "captured" if captured else "plain"})
+    best = finished["best_val_loss"]
     this.say(
-        f"{run}: trained {finished['steps']:,} steps in {finished['seconds']} s; "
-        f"score it with `flashlab evaluate {run}`"
+        f"{run}: trained {finished['steps']:,} steps in {finished['seconds']} s"
+        f"{f', best validation loss {best:.4f}' if best is not None else ''}; score it with `flashlab evaluate {run}`"
     )
     return 0
 

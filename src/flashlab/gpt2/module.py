@@ -208,6 +208,8 @@ def load_gpt(run: Path, checkpoint: str = BEST) -> tuple[GPT, Tokenizer]:
     path = run / "checkpoints" / checkpoint
     with loading(path, "flashlab gpt2 train"):
         kept = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        if "tokenizer" not in kept["hyper_parameters"]:
+            raise UserError(f"{path} was not written by `flashlab gpt2 train`; give the folder of a run of that")
         described = kept["hyper_parameters"]["tokenizer"]
         how = {"backend": "auto", "loss": "auto", "activation_checkpointing": False, "dropout": 0.0}
         model = GPT(GPTConfig(**kept["hyper_parameters"]["model"] | how))

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, restricted_number_type
+from lightning.pytorch import loggers
 from lightning.pytorch.loggers import Logger
 
 from flashlab.errors import UserError
@@ -217,6 +218,9 @@ class LoggerConfig:
         Raises:
             UserError: there is no such class, its package is not installed, or it does not take these arguments.
         """
+        known = [name for name in loggers.__all__ if name != "Logger"]
+        if "." not in self.name and self.name not in known:
+            raise UserError(f"--logger.name {self.name}: Lightning has no such logger; it has {', '.join(known)}")
         path = self.name if "." in self.name else f"lightning.pytorch.loggers.{self.name}"
         module, _, kind = path.rpartition(".")
         try:

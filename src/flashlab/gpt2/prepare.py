@@ -279,9 +279,12 @@ def _why_empty(documents: dict[str, int], manifest: dict[str, Any]) -> str:
         return f"{name}: there is no text in it; give files with text"
     if not documents["train"]:
         return f"{name}: all {count:,} documents fell into the validation part; take less than --validation {share:g}"
+    remedy = f"take {5 / count:.2g} for about 5, or give more text"
+    if count < 10:
+        remedy = "give more documents, or cut the text into some with --separator"
     return (
-        f"{name}: none of {count:,} documents fell into the validation part, of which --validation {share:g} takes a "
-        f"share of all; take {min(0.5, 5 / count):.2g} for about {min(5, count / 2):.0f}, or give more text"
+        f"{name}: none of {count:,} document(s) fell into the validation part, for which --validation {share:g} takes "
+        f"that share of them; {remedy}"
     )
 
 

@@ -173,5 +173,5 @@ def sampling(path: Path) -> str:
     ]
     header = ("", "sequences", "tokens/s", "all positions anew", "times as fast", "same tokens")
     first = record["rows"][0]
-    told = f"{describe_machine(record)}. {first['shape']}, {first['new_tokens']} tokens of each sequence."
+    told = f"{describe_machine(record)}. {first['preset']}, {first['new_tokens']} tokens of each sequence."
     return f"\n{told}\n\n{markdown(Table('', header, rows, 'lrrrrr'))}"

@@ -101,6 +101,8 @@ def open_set(path: str | Path, tokenizer: Tokenizer | None = None, *, verify: bo
         ) from error
     except ValueError:
         manifest = None
+    if isinstance(manifest, dict) and "cleaning" in manifest:
+        raise UserError(f"{path} holds bars, not tokens: they are for `flashlab train`; give a token set")
     if not isinstance(manifest, dict) or manifest.get("kind") != KIND:
         raise UserError(f"{path}/{MANIFEST} is damaged, or another program's; {REMEDY}")
     if (version := manifest.get("schema_version")) != SCHEMA_VERSION:

@@ -58,6 +58,8 @@ class Progress(TQDMProgressBar):
 class ProgressLines(Callback):
     """The first step and then a line every ten seconds, where no bar can move: in a log, or what Compose shows.
 
+    How long it takes is told from the second step on: the first may compile.
+
     Args:
         speed: told too.
     """
@@ -77,12 +79,16 @@ class ProgressLines(Callback):
     def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
         now, step = monotonic(), trainer.global_step
         done = step - self._first_step
+        if done == 1:
+            self._started = now
         if (done == 1 or now - self._said >= LINE_EVERY_S) and trainer.is_global_zero:
             self._said = now
-            left = timedelta(seconds=round((trainer.max_steps - step) / done * (now - self._started)))
             latest = self.speed.latest() if self.speed else {}
-            rates = "".join(f", {value} {name}" for name, value in latest.items())
-            print(f"step {step:,} of {trainer.max_steps:,}{self._validated}{rates}, {left} left", flush=True)
+            told = [self._validated, *(f", {value} {name}" for name, value in latest.items())]
+            if done > 1:
+                seconds = (trainer.max_steps - step) / (done - 1) * (now - self._started)
+                told.append(f", {timedelta(seconds=round(seconds))} left")
+            print(f"step {step:,} of {trainer.max_steps:,}{''.join(told)}", flush=True)
 
 
 class Speed(Callback):

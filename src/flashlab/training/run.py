@@ -246,6 +246,8 @@ def loading(path: Path, command: str) -> Iterator[None]:
     """
     try:
         yield
+    except UserError:
+        raise
     except FileNotFoundError:
         raise UserError(
             f"{path} does not exist: no validation was reached there; go on with `{command} ... --resume`"
