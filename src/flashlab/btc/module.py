@@ -24,6 +24,7 @@ from flashlab.btc.prepare import PreparedSet
 from flashlab.btc.windows import part_windows
 from flashlab.training.batches import ResumedData, Shuffled, loader
 from flashlab.training.run import loading
+from flashlab.training.trainer import adamw
 
 if TYPE_CHECKING:
     Decay = float
@@ -140,13 +141,7 @@ class ForecasterModule(LightningModule):
 
     def make_optimizer(self) -> torch.optim.Optimizer:
         """Return AdamW over the parameters."""
-        matrices = [parameter for parameter in self.parameters() if parameter.ndim > 1]
-        vectors = [parameter for parameter in self.parameters() if parameter.ndim < 2]
-        groups = [
-            {"params": matrices, "weight_decay": self.config.weight_decay},
-            {"params": vectors, "weight_decay": 0.0},
-        ]
-        return torch.optim.AdamW(groups, lr=self.config.lr, betas=self.config.betas, fused=True)
+        return adamw(self, self.config.lr, self.config.weight_decay, self.config.betas)
 
     def configure_optimizers(self) -> Any:
         optimizer = self.make_optimizer()

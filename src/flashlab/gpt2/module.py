@@ -25,6 +25,7 @@ from flashlab.gpt2.tokenizer import VOCABULARY, BytePairTokenizer, ByteTokenizer
 from flashlab.training.batches import ResumedData, loader
 from flashlab.training.callbacks import BEST
 from flashlab.training.run import loading
+from flashlab.training.trainer import adamw
 
 # Options of `GPTConfig` that say how a model is computed, not what it is: a run may be resumed with others.
 COMPUTED = ("backend", "loss", "activation_checkpointing", "dropout")
@@ -139,13 +140,7 @@ class GPTModule(LightningModule):
             self.gpt.reshard()  # a backward pass would have done it
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        matrices = [parameter for parameter in self.parameters() if parameter.ndim > 1]
-        vectors = [parameter for parameter in self.parameters() if parameter.ndim < 2]
-        groups = [
-            {"params": matrices, "weight_decay": self.config.weight_decay},
-            {"params": vectors, "weight_decay": 0.0},
-        ]
-        return torch.optim.AdamW(groups, lr=self.config.lr, betas=self.config.betas, fused=True)
+        return adamw(self, self.config.lr, self.config.weight_decay, self.config.betas)
 
 
 class TokensDataModule(ResumedData):

@@ -1,4 +1,4 @@
-"""Lightning's trainer as every run has it, and what there is to train on."""
+"""Lightning's trainer and the optimiser as every run has them, and what there is to train on."""
 
 import logging
 import os
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback
+from torch import nn
 
 from flashlab.errors import UserError
 from flashlab.training.callbacks import (
@@ -62,6 +63,14 @@ def make_trainer(
         enable_progress_bar=has_bar,
         **settings,
     )
+
+
+def adamw(module: nn.Module, lr: float, weight_decay: float, betas: tuple[float, float]) -> torch.optim.Optimizer:
+    """Return AdamW as one kernel over a module's parameters; weights of vectors (norms, biases) do not decay."""
+    matrices = [parameter for parameter in module.parameters() if parameter.ndim > 1]
+    vectors = [parameter for parameter in module.parameters() if parameter.ndim < 2]
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
 
 
 def choose_accelerator(accelerator: str, devices: int) -> str:
