@@ -158,7 +158,7 @@ def choose_kernels(job: Job, batch_size: int, place: torch.device) -> GPTConfig:
     device = torch.empty(0, device=place).device
     shape = (batch_size, length, length, heads, heads, config.head_dim)
     spec = AttentionSpec(*shape, dtype, device, causal=True, needs_grad=True)
-    loss = resolve_loss(config.loss, place.type, False, job.compiled)
+    loss = resolve_loss(config.loss, place.type, False)
     return replace(config, backend=resolve(config.backend, spec), loss=loss)
 
 

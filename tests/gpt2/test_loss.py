@@ -1,5 +1,6 @@
 import logging
 import sys
+from types import ModuleType
 
 import pytest
 import torch
@@ -7,6 +8,7 @@ import torch.nn.functional as F
 from functorch.compile import min_cut_rematerialization_partition
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.aot_autograd import make_boxed_func
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flashlab.errors import UserError
@@ -22,7 +24,7 @@ def chunk(monkeypatch):
 
     def of(rows):
         monkeypatch.setitem(module.CHUNK, "cpu", rows * PADDED)
-        monkeypatch.setattr(module, "COMPILED_CHUNK", rows * PADDED)
+        monkeypatch.setattr(module, "FUSED_CHUNK", rows * PADDED)
 
     return of
 
@@ -134,34 +136,64 @@ def test_where_no_target_counts_there_is_nothing_to_learn(method):
     assert [tensor.abs().max().item() for tensor in found] == [0, 0, 0]
 
 
+@pytest.mark.parametrize("rows", [7, 32, 96, 1000])
+def test_what_quack_is_given_makes_the_loss_and_its_gradients(rows, chunk, monkeypatch):
+    """By a stand-in of its kernel that does on the CPU what the package says: the real one needs a GPU."""
+
+    def cross_entropy_fwd_out(x, target, target_logit, loss, lse, dx, weight, ignore_index=-100):
+        assert x.is_contiguous()
+        assert target_logit is lse is weight is None
+        loss.copy_(F.cross_entropy(x, target, ignore_index=ignore_index, reduction="none"))
+        if dx is not None:
+            counts = target != ignore_index
+            gradient = x.softmax(dim=-1) - F.one_hot(target.where(counts, 0), x.shape[-1])
+            dx.copy_(gradient * counts[:, None])
+
+    stand_in = ModuleType("quack.cross_entropy")
+    stand_in.cross_entropy_fwd_out = cross_entropy_fwd_out
+    monkeypatch.setitem(sys.modules, "quack.cross_entropy", stand_in)
+    monkeypatch.setattr(module, "why_not", lambda *_: None)
+    chunk(rows)
+    x, weight, targets = inputs(torch.float32)
+    torch.testing.assert_close(results(x, weight, targets, "quack"), [*map(torch.Tensor.float, expected(*inputs()))])
+    with torch.no_grad():
+        alone = linear_cross_entropy(x, weight, targets, VOCABULARY, "quack")
+    torch.testing.assert_close(alone, expected(*inputs())[0].float())
+    with FakeTensorMode(allow_non_fake_inputs=True):  # what torch.compile believes of it
+        shapes = [part.shape for part in module.SUMS["quack"](x, weight, targets, VOCABULARY, True)]
+    assert shapes == [(), x.shape, weight.shape]
+
+
 def test_a_loss_that_cannot_run_says_why(monkeypatch, caplog):
-    with pytest.raises(UserError, match=r"loss 'liger' cannot run here: it needs a CUDA device; the model is on cpu"):
-        linear_cross_entropy(*inputs(), VOCABULARY, "liger")
-    with pytest.raises(UserError, match=r"no loss 'ligre'; there are: auto, liger, chunked, full"):
-        linear_cross_entropy(*inputs(), VOCABULARY, "ligre")
-    assert "breaks the graph of torch.compile" in why_not("liger", "cuda", False, True)
-    assert "float32 at most" in why_not("liger", "cuda", True, False)
-    monkeypatch.setitem(sys.modules, "liger_kernel", None)
-    module._liger_problem.cache_clear()
+    with pytest.raises(UserError, match=r"loss 'quack' cannot run here: it needs a CUDA device; the model is on cpu"):
+        linear_cross_entropy(*inputs(), VOCABULARY, "quack")
+    with pytest.raises(UserError, match=r"no loss 'duck'; there are: auto, quack, chunked, full"):
+        linear_cross_entropy(*inputs(), VOCABULARY, "duck")
+    assert "float32 at most" in why_not("quack", "cuda", True)
+    monkeypatch.setitem(sys.modules, "quack", None)
+    module._quack_problem.cache_clear()
     module._announce.cache_clear()
-    assert why_not("liger", "cuda", False, False) == "the package liger-kernel is not installed"
+    reason = "the package quack-kernels is not installed; it comes with flash-attn 4"
+    assert why_not("quack", "cuda", False) == reason
     with caplog.at_level(logging.INFO):
-        assert resolve("auto", "cuda", False, False) == "chunked"
-    assert caplog.messages == ["loss: auto chose chunked on cuda; not liger: the package liger-kernel is not installed"]
-    module._liger_problem.cache_clear()
+        assert resolve("auto", "cuda", False) == "chunked"
+    assert caplog.messages == [f"loss: auto chose chunked on cuda; not quack: {reason}"]
+    module._quack_problem.cache_clear()
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("method", ["liger", "chunked", "compiled"])
-def test_on_a_gpu_it_is_as_exact_as_with_all_logits_and_takes_a_fraction_of_their_memory(method):
-    if method == "liger" and (reason := why_not("liger", "cuda", False, False)) is not None:
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("method", ["quack", "chunked"])
+def test_on_a_gpu_it_is_as_exact_as_with_all_logits_and_takes_a_fraction_of_their_memory(method, compiled):
+    if (reason := why_not(method, "cuda", False)) is not None:
         pytest.skip(reason)
     tokens, width, vocabulary, padded = 32768, 768, 50257, 50304
     generator = torch.Generator("cuda").manual_seed(0)
     x = torch.randn(tokens, width, device="cuda", generator=generator, requires_grad=True)
     weight = (0.02 * torch.randn(padded, width, device="cuda", generator=generator)).requires_grad_()
     targets = torch.randint(vocabulary, (tokens,), device="cuda", generator=generator)
-    call = torch.compile(linear_cross_entropy, fullgraph=True) if method == "compiled" else linear_cross_entropy
+    targets[::7] = IGNORED
+    call = torch.compile(linear_cross_entropy, fullgraph=True) if compiled else linear_cross_entropy
 
     def run(method, dtype):
         torch.cuda.reset_peak_memory_stats()
@@ -173,7 +205,6 @@ def test_on_a_gpu_it_is_as_exact_as_with_all_logits_and_takes_a_fraction_of_thei
 
     torch.set_float32_matmul_precision("highest")
     right = [tensor.double() for tensor in run("full", torch.float32)[0]]
-    method = "auto" if method == "compiled" else method
     run(method, torch.bfloat16)  # compiles
     (found, memory), (full, memory_of_full) = run(method, torch.bfloat16), run("full", torch.bfloat16)
     for error, error_of_full in zip(errors(found, right), errors(full, right), strict=True):

@@ -31,7 +31,7 @@ class GPTConfig:
         dropout: share of the embeddings, and of what each block adds, that is dropped; attention weights are not.
         tie_weights: predict with the transposed table of token embeddings.
         backend: attention backend; auto takes the best that can run.
-        loss: how the loss is computed; liger needs its package and a GPU, full keeps all logits, auto takes the best.
+        loss: how the loss is computed; quack needs flash-attn 4, full keeps all logits, auto takes the best.
         activation_checkpointing: keep only the input of each block, and compute the block again for the backward pass.
 
     Raises:
@@ -51,7 +51,7 @@ class GPTConfig:
     dropout: float = 0.0
     tie_weights: bool = True
     backend: str = "auto"
-    loss: Literal["auto", "liger", "chunked", "full"] = "auto"
+    loss: Literal["auto", "quack", "chunked", "full"] = "auto"
     activation_checkpointing: bool = False
 
     def __post_init__(self) -> None:

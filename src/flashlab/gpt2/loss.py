@@ -8,6 +8,7 @@ since once the loss of a chunk is known nothing else is missing, so that no logi
 """
 
 import logging
+from collections.abc import Callable
 from functools import cache
 from importlib import import_module
 from typing import Any
@@ -21,13 +22,13 @@ from flashlab.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-METHODS = ("auto", "liger", "chunked", "full")
+METHODS = ("auto", "quack", "chunked", "full")
 IGNORED = -100  # the target of tokens that do not count, as in torch
-LIGER = "liger_kernel.transformers"
+QUACK = "quack.cross_entropy"
 # Logits at a time. Each chunk adds to the gradient of the whole table: on a GPU small chunks would wait for memory.
-# Compiled kernels read and write logits in the dtype of autocast; uncompiled they are in memory in float32 as well.
+# Fused kernels read and write logits in the dtype of autocast; else they are in memory in float32 as well.
 CHUNK = {"cuda": 2**28, "cpu": 2**24}
-COMPILED_CHUNK = 2**30
+FUSED_CHUNK = 2**30
 
 
 def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, method: str = "auto") -> Tensor:
@@ -40,8 +41,8 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, vocab_size:
         weight: ``[P, W]``, the rows from V on are left out.
         targets: int64 ``[N]``, `IGNORED` for tokens that do not count.
         vocab_size: V.
-        method: full keeps all logits; chunked does not; liger, the package's fused kernel, does not either; auto takes
-            liger outside torch.compile where it can run, else chunked.
+        method: full keeps all logits; chunked does not; quack does not either, and takes the kernel of the package
+            that flash-attn 4 is built on; auto takes quack where it can run, else chunked.
 
     Returns:
         float32 ``[]`` (float64 for float64 features); 0 where no target counts.
@@ -51,51 +52,47 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, vocab_size:
     """
     kind = x.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-    name = resolve(method, kind, dtype == torch.float64, torch.compiler.is_compiling())
+    name = resolve(method, kind, dtype == torch.float64)
     with torch.autocast(kind, enabled=False):
-        if name == "liger":
-            return _liger(x.to(dtype), weight.to(dtype), targets, vocab_size)
         if name == "full":
             padding = torch.arange(weight.shape[0], device=x.device) >= vocab_size
             logits = F.linear(x.to(dtype), weight.to(dtype)).to(_exact(dtype)).masked_fill(padding, -torch.inf)
             total = F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
-            return total / (targets != IGNORED).sum().clamp(min=1)
+            return total / _count(targets)
         if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
-            return _Chunked.apply(x, weight, targets, vocab_size, dtype)  # type: ignore[no-untyped-call]
-        return _chunked(x, weight, targets, vocab_size, dtype, with_gradients=False)[0]
+            return _Chunked.apply(x, weight, targets, vocab_size, dtype, name)  # type: ignore[no-untyped-call]
+        (total,) = SUMS[name](x.to(dtype), weight.to(dtype), targets, vocab_size, False)
+        return total / _count(targets)
 
 
-def why_not(method: str, device: str, float64: bool, compiling: bool) -> str | None:
+def why_not(method: str, device: str, float64: bool) -> str | None:
     """Say why a method cannot run here, or return None when it can.
 
     Args:
         method: one of `METHODS`, not auto.
         device: its type, as cuda.
         float64: the logits are.
-        compiling: it is to be a part of a graph of torch.compile.
     """
-    if method != "liger":
+    if method != "quack":
         return None
     if device != "cuda":
         return f"it needs a CUDA device; the model is on {device}"
     if float64:
         return "it computes in float32 at most"
-    if compiling:
-        return "it reads a number back from the GPU, which breaks the graph of torch.compile"
-    return _liger_problem()
+    return _quack_problem()
 
 
 @torch.compiler.assume_constant_result
-def resolve(method: str, device: str, float64: bool, compiling: bool) -> str:
+def resolve(method: str, device: str, float64: bool) -> str:
     """Choose the method; a graph under torch.compile holds the answer as a constant."""
     if method == "auto":
-        reason = why_not("liger", device, float64, compiling)
-        chosen = "liger" if reason is None else "chunked"
-        _announce(f"loss: auto chose {chosen} on {device}" + (f"; not liger: {reason}" if reason else ""))
+        reason = why_not("quack", device, float64)
+        chosen = "quack" if reason is None else "chunked"
+        _announce(f"loss: auto chose {chosen} on {device}" + (f"; not quack: {reason}" if reason else ""))
         return chosen
     if method not in METHODS:
         raise UserError(f"no loss {method!r}; there are: {', '.join(METHODS)}")
-    if (reason := why_not(method, device, float64, compiling)) is not None:
+    if (reason := why_not(method, device, float64)) is not None:
         raise UserError(f"loss {method!r} cannot run here: {reason}; take auto or chunked")
     return method
 
@@ -107,72 +104,101 @@ def _announce(message: str) -> None:
 
 
 @cache
-def _liger_problem() -> str | None:
+def _quack_problem() -> str | None:
     try:
-        import_module(LIGER)
+        import_module(QUACK)
     except ModuleNotFoundError as error:
         missing = error.name or ""
-        if LIGER.startswith(missing):
-            return "the package liger-kernel is not installed"
-        return f"the package liger-kernel lacks the module {missing}"
-    except Exception as error:  # made for another torch or triton, it fails in its own ways
-        return f"the package liger-kernel does not load: {' '.join(str(error).split())}"
-    return None
-
-
-def _liger(x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
-    padding = None
-    if vocab_size < weight.shape[0]:
-        padding = torch.zeros(weight.shape[0], dtype=x.dtype, device=x.device)
-        padding[vocab_size:] = -torch.inf
-    loss: Any = import_module(LIGER).LigerFusedLinearCrossEntropyLoss(ignore_index=IGNORED, accum_dtype=torch.float32)
-    return loss(weight, x, targets, padding)
+        if QUACK.startswith(missing):
+            return "the package quack-kernels is not installed; it comes with flash-attn 4"
+        return f"the package quack-kernels lacks the module {missing}"
+    except Exception as error:  # made for another torch, it fails in its own ways
+        return f"the package quack-kernels does not load: {' '.join(str(error).split())}"
+    major, minor = torch.cuda.get_device_capability()
+    return None if major >= 9 else f"it needs a GPU of compute capability 9.0 or newer; this one has {major}.{minor}"
 
 
 class _Chunked(torch.autograd.Function):
-    """`_chunked` with its gradients: the backward pass only scales them."""
+    """The average, with its gradients at once: the backward pass only scales them."""
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, dtype: torch.dtype
+        ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, dtype: torch.dtype, name: str
     ) -> Tensor:
-        loss, *gradients = _chunked(x, weight, targets, vocab_size, dtype, with_gradients=True)
-        ctx.save_for_backward(*gradients)
-        return loss
+        total, grad_x, grad_table = SUMS[name](x.to(dtype), weight.to(dtype), targets, vocab_size, True)
+        count = _count(targets)
+        ctx.save_for_backward(count, grad_x.to(x.dtype), grad_table.to(weight.dtype))
+        return total / count
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
         count, grad_x, grad_weight = ctx.saved_tensors
         share = grad / count
-        return grad_x * share.to(grad_x.dtype), grad_weight * share.to(grad_weight.dtype), None, None, None
+        return grad_x * share.to(grad_x.dtype), grad_weight * share.to(grad_weight.dtype), None, None, None, None
 
 
-def _chunked(
-    x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, dtype: torch.dtype, with_gradients: bool
-) -> tuple[Tensor, ...]:
-    """Compute the average, the number of targets that count, and the gradients ``[N, W]`` and ``[P, W]`` of the sum."""
-    exact, table = _exact(dtype), weight.to(dtype)
-    column = torch.arange(weight.shape[0], device=x.device)
-    at_once = COMPILED_CHUNK if torch.compiler.is_compiling() else CHUNK.get(x.device.type, CHUNK["cpu"])
-    chunks = -(-len(x) * len(weight) // at_once)
-    rows = -(-len(x) // 2 ** (chunks - 1).bit_length())  # batches are powers of two: chunks of one size, which align
-    total, grads_x, grad_weight = torch.zeros((), dtype=exact, device=x.device), [], None
-    for some_x, some_targets in zip(x.to(dtype).split(rows), targets.split(rows), strict=True):
+def _plain(x: Tensor, table: Tensor, targets: Tensor, vocab_size: int, with_gradients: bool) -> list[Tensor]:
+    """Return the sum of the losses and, if asked for, its gradients ``[N, W]`` and ``[P, W]``."""
+    exact = _exact(x.dtype)
+    column = torch.arange(len(table), device=x.device)
+    at_once = FUSED_CHUNK if torch.compiler.is_compiling() else CHUNK.get(x.device.type, CHUNK["cpu"])
+    rows = _rows(x, table, at_once)
+    total, grads_x, grad_table = torch.zeros((), dtype=exact, device=x.device), [], None
+    for some_x, some_targets in zip(x.split(rows), targets.split(rows), strict=True):
         counts = some_targets != IGNORED
         target = some_targets.where(counts, 0)[:, None]
         logits = F.linear(some_x, table).to(exact).masked_fill_(column >= vocab_size, -torch.inf)
         log_sum = logits.logsumexp(dim=-1, keepdim=True)
         total = total + ((log_sum - logits.gather(1, target))[:, 0] * counts).sum()
         if with_gradients:
-            grad = logits.sub_(log_sum).exp_().add_(column == target, alpha=-1).mul_(counts[:, None]).to(dtype)
-            grads_x.append((grad @ table).to(x.dtype))
-            grad_table = grad.T @ some_x
-            grad_weight = grad_table.to(exact) if grad_weight is None else grad_weight + grad_table
-    count = (targets != IGNORED).sum().clamp(min=1)
-    if grad_weight is None:
-        return total / count, count
-    return total / count, count, torch.cat(grads_x), grad_weight.to(weight.dtype)
+            grad = logits.sub_(log_sum).exp_().add_(column == target, alpha=-1).mul_(counts[:, None]).to(x.dtype)
+            grads_x.append(grad @ table)
+            some = grad.T @ some_x
+            grad_table = some.to(exact) if grad_table is None else grad_table + some
+    return [total] if grad_table is None else [total, torch.cat(grads_x), grad_table]
+
+
+@torch.library.custom_op("flashlab::linear_cross_entropy", mutates_args=())
+def _fused(x: Tensor, table: Tensor, targets: Tensor, vocab_size: int, with_gradients: bool) -> list[Tensor]:
+    """As `_plain`, for which the logits of a chunk are read and their gradients written over them once."""
+    from quack.cross_entropy import cross_entropy_fwd_out
+
+    rows = _rows(x, table, FUSED_CHUNK)
+    losses = torch.empty(len(x), dtype=torch.float32, device=x.device)
+    buffer = x.new_empty(min(rows, len(x)), len(table))
+    grad_x, grad_table = torch.empty_like(x), None
+    for begin in range(0, len(x), rows):
+        some = slice(begin, begin + rows)
+        logits = buffer[: len(x) - begin]
+        torch.mm(x[some], table.T, out=logits)
+        logits[:, vocab_size:] = -torch.inf
+        written = logits if with_gradients else None
+        cross_entropy_fwd_out(logits, targets[some], None, losses[some], None, written, None, IGNORED)
+        if with_gradients:
+            torch.mm(logits, table, out=grad_x[some])
+            gradient = logits.T @ x[some]
+            grad_table = gradient.float() if grad_table is None else grad_table.add_(gradient)
+    return [losses.sum()] if grad_table is None else [losses.sum(), grad_x, grad_table]
+
+
+@_fused.register_fake
+def _(x: Tensor, table: Tensor, targets: Tensor, vocab_size: int, with_gradients: bool) -> list[Tensor]:
+    total = x.new_empty((), dtype=torch.float32)
+    return [total, torch.empty_like(x), torch.empty_like(table, dtype=torch.float32)] if with_gradients else [total]
+
+
+SUMS: dict[str, Callable[..., list[Tensor]]] = {"chunked": _plain, "quack": _fused}
+
+
+def _rows(x: Tensor, table: Tensor, at_once: int) -> int:
+    """Return how many tokens make a chunk: batches are powers of two, so chunks are of one size and align."""
+    chunks = -(-len(x) * len(table) // at_once)
+    return -(-len(x) // 2 ** (chunks - 1).bit_length())
+
+
+def _count(targets: Tensor) -> Tensor:
+    return (targets != IGNORED).sum().clamp(min=1)
 
 
 def _exact(dtype: torch.dtype) -> torch.dtype:

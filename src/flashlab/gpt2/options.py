@@ -52,7 +52,7 @@ class ModelConfig:
         dropout: share of the embeddings, and of what each block adds, that is dropped.
         tie_weights: predict with the transposed table of token embeddings.
         backend: attention backend; auto takes the best that can run.
-        loss: how the loss is computed; liger needs its package and a GPU, full keeps all logits, auto takes the best.
+        loss: how the loss is computed; quack needs flash-attn 4, full keeps all logits, auto takes the best.
         activation_checkpointing: keep only the input of each block, and compute the block again for the backward pass.
     """
 
@@ -68,7 +68,7 @@ class ModelConfig:
     dropout: NonNegativeFloat | None = None
     tie_weights: bool | None = None
     backend: str | None = None
-    loss: Literal["auto", "liger", "chunked", "full"] | None = None
+    loss: Literal["auto", "quack", "chunked", "full"] | None = None
     activation_checkpointing: bool | None = None
 
     def shape(self, vocab_size: int) -> GPTConfig:

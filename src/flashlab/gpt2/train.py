@@ -106,7 +106,7 @@ def train(
     if trainer.strategy == "fsdp" and world_size == 1:
         raise UserError("--trainer.strategy fsdp shares a model out among several devices; give --trainer.devices")
     compiled, why_not = _choose_compile(trainer, accelerator)
-    chosen = _choose_kernels(shape, data.batch_size, accelerator, precision, compiled)
+    chosen = _choose_kernels(shape, data.batch_size, accelerator, precision)
     curves = logger.make(run)
 
     quieten()
@@ -196,7 +196,7 @@ def _choose_compile(trainer: TrainerConfig, accelerator: str) -> tuple[bool, str
     return why_not is None, f"not compiled: {why_not}" if why_not else ""
 
 
-def _choose_kernels(shape: GPTConfig, batch_size: int, accelerator: str, precision: str, compiled: bool) -> GPTConfig:
+def _choose_kernels(shape: GPTConfig, batch_size: int, accelerator: str, precision: str) -> GPTConfig:
     """Choose attention backend and loss once for the whole run, before anything is compiled around them."""
     device = torch.device("cuda" if accelerator == "gpu" else "cpu")
     dtype = {"32-true": torch.float32, "bf16-mixed": torch.bfloat16}[precision]
@@ -204,7 +204,7 @@ def _choose_kernels(shape: GPTConfig, batch_size: int, accelerator: str, precisi
     spec = AttentionSpec(
         batch_size, length, length, heads, heads, shape.head_dim, dtype, device, causal=True, needs_grad=True
     )
-    loss = resolve_loss(shape.loss, device.type, False, compiled)
+    loss = resolve_loss(shape.loss, device.type, False)
     return replace(shape, backend=resolve(shape.backend, spec), loss=loss)
 
 
