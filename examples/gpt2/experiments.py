@@ -14,14 +14,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import torch
 from jsonargparse import auto_cli
 from jsonargparse.typing import PositiveInt
 from rich.console import Console
 from rich.markdown import Markdown
 
-from flashlab.attention import AttentionSpec
-from flashlab.attention.backends import BACKENDS, why_not
+from flashlab.attention.backends import BACKENDS
 from flashlab.btc.report import read_curves
 from flashlab.cli import reported
 from flashlab.gpt2 import report
@@ -30,6 +28,7 @@ from flashlab.machine import provenance, write_result
 
 HERE = Path(__file__).parent
 KEPT = ("tokens_per_s", "mfu", "ms_per_step", "peak_memory_mib", "best_val_loss", "precision")
+REFUSED = 2  # exit code of a mistake, or of what this machine cannot do
 BYTES_PER_PARAMETER = 16  # float32: the weight, its gradient, AdamW's two averages
 
 
@@ -37,9 +36,11 @@ def train(run: Path, *options: object) -> dict[str, Any]:
     """Run `flashlab gpt2 train`; return what it says of the run."""
     command = [sys.executable, "-m", "flashlab", "gpt2", "train", *options, "--run", run]
     done = subprocess.run(list(map(str, command)), stdout=sys.stderr, stderr=subprocess.PIPE, text=True)
+    last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
+    if done.returncode == REFUSED:
+        return {"status": "unavailable", "reason": last.removeprefix("error: ")}
     if done.returncode:
-        last = done.stderr.strip().splitlines()[-1:] or ["it said nothing"]
-        return {"status": "failed", "reason": f"exit code {done.returncode}: {last[0]}"}
+        return {"status": "failed", "reason": f"exit code {done.returncode}: {last}"}
     record = json.loads((run / "run.json").read_text())
     facts = {name: record[name] for name in ("parameters", "attention_backend", "loss", "tokens_per_step")}
     return {"status": "ok", "reason": None, **facts, **{name: record["finished"].get(name) for name in KEPT}}
@@ -119,7 +120,8 @@ def backends(
 ) -> int:
     """Train one model with one attention backend after the other, from the same weights on the same blocks.
 
-    Beside them stands standard attention without torch.compile: what rounding at other places does by itself.
+    Beside them stands standard attention without torch.compile, and with a residual stream in float32: what rounding at
+    other places does by itself.
 
     Args:
         data: token set.
@@ -128,23 +130,21 @@ def backends(
         steps: of each run.
         out: result file.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    spec = AttentionSpec(64, 512, 512, 6, 6, 64, dtype, device, causal=True, needs_grad=True)
-    contestants = [("standard", ["--trainer.compile", "auto"]), ("standard", ["--trainer.compile", "false"])]
-    contestants += [(name, contestants[0][1]) for name in names if name != "standard"]
+    contestants = [
+        ("standard", "standard", []),
+        ("standard, uncompiled", "standard", ["--trainer.compile", "false"]),
+        ("standard, residual stream in float32", "standard", ["--model.residual_in_fp32", "true"]),
+        *((name, name, []) for name in names if name != "standard"),
+    ]
     open_set(data)
     record = start("gpt2_backends", "backends")
     expected: list[float] = []
     with TemporaryDirectory(prefix="flashlab-") as folder:
-        for name, more in contestants:
-            row: dict[str, Any] = {"backend": f"{name}, uncompiled" if "false" in more else name}
+        for label, name, more in contestants:
             run = Path(folder) / str(len(record["rows"]))
-            if reason := why_not(name, spec):
-                row |= {"status": "unavailable", "reason": reason}
-            else:
-                fixed = ["--model.dropout", 0, "--trainer.max_steps", steps]
-                row |= train(run, "--config", trained, "--data.path", data, *fixed, "--model.backend", name, *more)
+            fixed = ["--model.dropout", 0, "--trainer.max_steps", steps]
+            options = ["--config", trained, "--data.path", data, *fixed, "--model.backend", name, *more]
+            row: dict[str, Any] = {"backend": label, **train(run, *options)}
             if row["status"] == "ok":
                 row["train_loss"] = [round(float(loss), 5) for loss in read_curves(run)["train/loss"][1]]
                 expected = expected or row["train_loss"]

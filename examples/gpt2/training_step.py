@@ -5,7 +5,6 @@ import sys
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from statistics import median
 from time import perf_counter
 from typing import Any
 
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from flashlab.attention import AttentionSpec, resolve
+from flashlab.attention import AttentionSpec, attention, resolve
 from flashlab.gpt2 import config as config_module
 from flashlab.gpt2 import model as model_module
 from flashlab.gpt2.config import GPTConfig, flops_per_token, num_parameters, preset
@@ -29,7 +28,8 @@ METHOD = {
     "step": "random tokens; forward and backward pass of all micro-batches, gradients clipped to norm 1, AdamW; "
     "bfloat16 by autocast on a GPU, float32 on a CPU",
     "ran": "what stood in place of auto",
-    "ms_per_step": "median over the timed steps, each waited for; compiling and first steps do not count",
+    "ms_per_step": "average over the timed steps, of which the last alone is waited for, as in training; compiling and "
+    "first steps do not count",
     "batch_size": "sequences in a micro-batch: those of a step, halved until they fit into memory",
     "mfu": "tokens_per_s times PaLM's count of operations per token, over the GPU's peak, peak_tflops",
     "peak_memory_mib": "the most that torch's allocator had given out, weights and optimiser included; none on a CPU",
@@ -47,7 +47,8 @@ class Job:
         compiled: the model is compiled by torch.compile.
         fused_adamw: AdamW is one kernel.
         padded: the table of tokens is padded.
-        unfused: parts that torch.compile must leave alone: norm (with dropout), gelu, rotary.
+        unfused: what is to be done apart: norm (with dropout), gelu and rotary, which torch.compile must leave alone,
+            and qkv, whose gradient is then put together from three.
         steps: how many are timed.
     """
 
@@ -128,11 +129,10 @@ def _train(job: Job, batch_size: int, place: torch.device) -> Row:
         optimizer.step()
         optimizer.zero_grad()
 
-    for _ in range(3):
-        seconds(step, place)
+    seconds(step, place, times=3)
     if place.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    taken = median(seconds(step, place) for _ in range(job.steps))
+    taken = seconds(step, place, job.steps)
     tokens_per_s = job.tokens_per_step / taken
     peak = peak_flops(torch.cuda.get_device_name(), "bf16-mixed") if place.type == "cuda" else None
     model_flops = tokens_per_s * flops_per_token(job.config, length)
@@ -176,6 +176,8 @@ def ours(job: Job, config: GPTConfig) -> tuple[nn.Module, Any]:
         functional.gelu = torch.compiler.disable(functional.gelu)
     if "rotary" in job.unfused:
         model_module.rotate = torch.compiler.disable(model_module.rotate)
+    if "qkv" in job.unfused:
+        model_module.attention_qkvpacked = lambda qkv, **options: attention(*qkv.unbind(2), **options)
     if job.compiled:
         model.compile_parts()
     return model, model
@@ -207,10 +209,11 @@ def theirs(config: GPTConfig) -> tuple[nn.Module, Any]:
     return model, loss_of
 
 
-def seconds(step: Any, place: torch.device) -> float:
-    """Return the time of a step."""
+def seconds(step: Any, place: torch.device, times: int) -> float:
+    """Return the average time of steps, none of which waits for the GPU to end the one before."""
     start = perf_counter()
-    step()
+    for _ in range(times):
+        step()
     if place.type == "cuda":
         torch.cuda.synchronize()
-    return perf_counter() - start
+    return (perf_counter() - start) / times

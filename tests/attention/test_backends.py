@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from flashlab.attention import attention, attention_packed, attention_with_kvcache
+from flashlab.attention import attention, attention_packed, attention_qkvpacked, attention_with_kvcache
 from flashlab.attention.backends import BACKENDS, why_not
 from flashlab.attention.reference import allowed_error
 
@@ -105,6 +105,25 @@ def test_inputs_need_not_be_contiguous(backend, device, skip_unless_runs):
     expected = attention(q.contiguous(), k.contiguous(), v.contiguous(), backend=backend)
     assert torch.equal(attention(q, k, v, backend=backend), expected)
     assert torch.equal(attention(*crossed, backend=backend), expected)
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["", "compiled"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_one_tensor_of_queries_keys_and_values_is_as_three(backend, compiled, device, skip_unless_runs):
+    skip_unless_runs(backend, seqlen_q=48, seqlen_k=48, causal=True, needs_grad=True)
+    torch._dynamo.reset()
+
+    def packed(qkv):
+        return attention_qkvpacked(qkv, backend=backend, causal=True, window_size=(20, 0), softmax_scale=0.2)
+
+    run_packed = torch.compile(packed, fullgraph=True, backend="aot_eager") if compiled else packed
+    qkv = torch.randn(2, 48, 3, 4, 32, device=device, dtype=torch.bfloat16, requires_grad=True)
+    grad_out = torch.randn(2, 48, 4, 32, device=device, dtype=torch.bfloat16)
+    expected = attention(*qkv.unbind(2), backend=backend, causal=True, window_size=(20, 0), softmax_scale=0.2)
+    out = run_packed(qkv)
+    assert torch.equal(out, expected)
+    (grad,), (expected_grad,) = (torch.autograd.grad(x, qkv, grad_out) for x in (out, expected))
+    assert torch.allclose(grad, expected_grad, atol=0.02)  # some kernels add up in an order of chance
 
 
 @pytest.mark.parametrize("backend", [name for name in BACKENDS if name.startswith("sdpa_")])

@@ -1,9 +1,11 @@
 import sys
+from types import ModuleType
 
 import pytest
 import torch
 
-from flashlab.attention import flash
+from flashlab.attention import flash, flash4, reference
+from flashlab.attention.spec import Options
 
 
 @pytest.fixture
@@ -73,3 +75,45 @@ def test_each_version_has_its_gpus(version, capability, reason, make_spec, monke
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     assert flash.why_not(version, make_spec(device=torch.device("cuda"))) == reason
+
+
+def _weights(q, k, softmax_scale):
+    scores = torch.einsum("bihd,bjhd->bhij", q, k) * softmax_scale
+    return scores.masked_fill(torch.ones_like(scores).triu(1) > 0, -torch.inf).softmax(dim=-1)
+
+
+def _forward(q, k, v, *, softmax_scale, causal, **_):
+    assert causal
+    out = torch.einsum("bhij,bjhd->bihd", _weights(q, k, softmax_scale), v).contiguous()
+    return out, out.new_zeros(q.shape[0], q.shape[2], q.shape[1], dtype=torch.float32)
+
+
+def _backward(q, k, v, out, grad_out, lse, softmax_scale, causal, softcap, *, dq, dk, dv, **_):
+    weights = _weights(q, k, softmax_scale)
+    grad = torch.einsum("bihd,bjhd->bhij", grad_out, v)
+    grad = weights * (grad - (weights * grad).sum(dim=-1, keepdim=True)) * softmax_scale
+    dq.copy_(torch.einsum("bhij,bjhd->bihd", grad, k))
+    dk.copy_(torch.einsum("bhij,bihd->bjhd", grad, q))
+    dv.copy_(torch.einsum("bhij,bihd->bjhd", weights, grad_out))
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["", "compiled"])
+@pytest.mark.parametrize("packed", [False, True], ids=["", "packed"])
+def test_flash_attention_4_as_an_operator_of_torch(packed, compiled, monkeypatch):
+    module = ModuleType("flash_attn.cute.interface")
+    module._flash_attn_fwd, module._flash_attn_bwd = _forward, _backward
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    torch._dynamo.reset()
+    options = Options(0.2, causal=True)
+
+    def run(qkv):
+        if packed:
+            return flash4.attention_qkvpacked(qkv * 2, options)
+        return flash4.attention(*(qkv * 2).unbind(2), options)
+
+    qkv = torch.randn(2, 24, 3, 4, 16, dtype=torch.float64, requires_grad=True)
+    out = (torch.compile(run, fullgraph=True) if compiled else run)(qkv)
+    expected = reference.attention(*(qkv * 2).unbind(2), options)
+    torch.testing.assert_close(out, expected)
+    (grad,), (expected_grad,) = (torch.autograd.grad(x.square().sum(), qkv) for x in (out, expected))
+    torch.testing.assert_close(grad, expected_grad)

@@ -59,12 +59,12 @@ def test_a_mistake_is_one_line(words, complaint, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.slow  # seven processes that each import torch
+@pytest.mark.slow  # ten processes that each import torch
 def test_ablation_compares_each_row_with_the_one_it_differs_from(tmp_path):
     options = SIZE | {"--preset": "tiny", "--length": 32}
     result, _ = run_script("ablation.py", tmp_path / "ablation.json", **options)
     rows = {row["row"]: row for row in result["rows"]}
-    assert len(rows) == 6
+    assert len(rows) == 9
     for row in rows.values():
         assert row["status"] == "ok"
         if row["against"] is not None:
@@ -95,7 +95,7 @@ def test_scaling_compares_two_processes_with_one(tokens, tmp_path):
     assert "2 GPUs, ddp" in printed
 
 
-@pytest.mark.slow  # three trainings
+@pytest.mark.slow  # four trainings
 def test_backends_train_alike_and_those_that_cannot_say_why(tokens, tmp_path):
     base = tmp_path / "tiny.yaml"
     base.write_text(
@@ -105,7 +105,12 @@ def test_backends_train_alike_and_those_that_cannot_say_why(tokens, tmp_path):
     options = {"--trained": base, "--steps": 20, "--names": "[sdpa_math,flash_attention_2]"}
     result, printed = run_script("experiments.py", tmp_path / "backends.json", "backends", tokens, **options)
     *ran, absent = result["rows"]
-    assert [row["backend"] for row in ran] == ["standard", "standard, uncompiled", "sdpa_math"]
+    assert [row["backend"] for row in ran] == [
+        "standard",
+        "standard, uncompiled",
+        "standard, residual stream in float32",
+        "sdpa_math",
+    ]
     for row in ran:
         assert row["train_loss"] == pytest.approx(ran[0]["train_loss"], abs=1e-3)
         assert row["first_loss"] > row["train_loss"][-1]

@@ -235,13 +235,17 @@ def test_activation_checkpointing_changes_memory_alone():
     assert kept_less < kept / 3
 
 
-def test_bfloat16_by_autocast_is_within_its_rounding():
-    model, tokens = tiny(), some_tokens()
+@pytest.mark.parametrize("in_fp32", [False, True], ids=["", "residual in float32"])
+def test_bfloat16_by_autocast_is_within_its_rounding(in_fp32):
+    model, tokens = tiny(residual_in_fp32=in_fp32), some_tokens()
+    added_to = []
+    model.h[-1].register_forward_pre_hook(lambda block, inputs: added_to.append(inputs[0].dtype))
     with torch.autocast("cpu", torch.bfloat16):
         rough, loss = model(tokens), model(tokens, tokens)
     assert rough.dtype == torch.bfloat16
     assert loss.dtype == torch.float32
     exact = model(tokens)
+    assert added_to == [*[torch.float32 if in_fp32 else torch.bfloat16] * 2, torch.float32]
     assert 0 < (rough.float() - exact).abs().max() / exact.abs().max() < 0.03
     loss.backward()
     assert all(parameter.grad.dtype == torch.float32 for parameter in model.parameters())

@@ -4,9 +4,18 @@ from flashlab.attention.interface import (
     BackendUnavailable,
     attention,
     attention_packed,
+    attention_qkvpacked,
     attention_with_kvcache,
     resolve,
 )
 from flashlab.attention.spec import AttentionSpec
 
-__all__ = ["AttentionSpec", "BackendUnavailable", "attention", "attention_packed", "attention_with_kvcache", "resolve"]
+__all__ = [
+    "AttentionSpec",
+    "BackendUnavailable",
+    "attention",
+    "attention_packed",
+    "attention_qkvpacked",
+    "attention_with_kvcache",
+    "resolve",
+]

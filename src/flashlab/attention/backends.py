@@ -21,12 +21,15 @@ class Backend(NamedTuple):
             ``[Tq, H, D]``. None when it has no such form.
         run_cached: ``run_cached(q, k_cache, v_cache, cache, options)`` with q ``[B, Sq, H, D]`` and caches
             ``[B, Smax, Hkv, D]``; returns ``[B, Sq, H, D]``. None when it has no such form.
+        run_qkvpacked: ``run_qkvpacked(qkv, options)`` with qkv ``[B, S, 3, H, D]``; returns ``[B, S, H, D]``. None when
+            it gains nothing by that.
     """
 
     run: Callable[..., Tensor]
     why_not: Callable[[AttentionSpec], str | None]
     run_packed: Callable[..., Tensor] | None = None
     run_cached: Callable[..., Tensor] | None = None
+    run_qkvpacked: Callable[..., Tensor] | None = None
 
 
 def _sdpa(kernel: SDPBackend) -> Backend:
@@ -40,6 +43,7 @@ def _flash(version: int) -> Backend:
         partial(flash.why_not, version),
         partial(flash.attention_packed, version),
         partial(flash.attention_with_kvcache, version),
+        partial(flash.attention_qkvpacked, version) if version in (2, 4) else None,
     )
 
 

@@ -33,6 +33,19 @@ def attention(version: int, q: Tensor, k: Tensor, v: Tensor, options: Options) -
     return _out(_LOADED[version].flash_attn_func(q, k, v, **_keywords(version, options)))
 
 
+def attention_qkvpacked(version: int, qkv: Tensor, options: Options) -> Tensor:
+    """Run flash-attn on queries, keys and values in one tensor, whose gradient is one as well.
+
+    Args:
+        version: 2 or 4.
+        qkv: ``[B, S, 3, H, D]``.
+        options: How scores become weights.
+    """
+    if version == 4:
+        return flash4.attention_qkvpacked(qkv, options)
+    return _out(_LOADED[version].flash_attn_qkvpacked_func(qkv, **_keywords(version, options)))
+
+
 def attention_packed(version: int, q: Tensor, k: Tensor, v: Tensor, packing: Packing, options: Options) -> Tensor:
     """Run flash-attn on sequences of several lengths in a row.
 

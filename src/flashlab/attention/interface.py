@@ -73,6 +73,48 @@ def attention(
     return BACKENDS[name].run(q, k, v, options)
 
 
+def attention_qkvpacked(
+    qkv: Tensor,
+    *,
+    backend: str = "auto",
+    causal: bool = False,
+    softmax_scale: float | None = None,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+) -> Tensor:
+    """Compute `attention` of queries, keys and values that one linear layer made, as one tensor.
+
+    Its gradient is one tensor as well, which flash-attn 2 and 4 write at once; put together from three it is copied.
+
+    Args:
+        qkv: ``[B, S, 3, H, D]``: the queries, the keys, the values.
+        backend: As in `attention`, and so are all that follow.
+        causal: As there.
+        softmax_scale: As there.
+        window_size: As there.
+        softcap: As there.
+        alibi_slopes: As there.
+        deterministic: As there.
+
+    Returns:
+        ``[B, S, H, D]``.
+
+    Raises:
+        ValueError: as `attention`.
+        BackendUnavailable: the named backend cannot run this call; the message says why.
+        UserError: no backend has this name; the message names the nearest.
+    """
+    qkv, _, _ = _prepare(qkv, qkv, qkv)
+    if qkv.ndim != 5 or qkv.shape[2] != 3:
+        raise ValueError(f"qkv must be of shape [B, S, 3, H, D]; got {_kind_of(qkv)}")
+    q, k, v = qkv.unbind(2)
+    options = _options(q, causal, softmax_scale, window_size, softcap, alibi_slopes, None, deterministic)
+    chosen = BACKENDS[_choose(backend, "dense", (q.shape, k.shape, v.shape), q, k, v, options)]
+    return chosen.run(q, k, v, options) if chosen.run_qkvpacked is None else chosen.run_qkvpacked(qkv, options)
+
+
 def attention_packed(
     q: Tensor,
     k: Tensor,

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from flashlab.attention import attention, attention_with_kvcache
+from flashlab.attention import attention, attention_qkvpacked, attention_with_kvcache
 from flashlab.errors import UserError
 from flashlab.gpt2.config import GPTConfig
 from flashlab.gpt2.loss import linear_cross_entropy
@@ -74,13 +74,16 @@ class CausalSelfAttention(nn.Module):
         self, x: Tensor, rotation: Rotation | None, layer: tuple[Tensor, Tensor] | None, seqlens: Tensor | None
     ) -> Tensor:
         """Map ``[B, S, W]`` to ``[B, S, W]``; with a layer of a cache, go on from its filled places."""
-        q, k, v = self.c_attn(x).unflatten(-1, (3, self.n_head, -1)).unbind(-3)  # [B, S, H, Q]
+        qkv = self.c_attn(x).unflatten(-1, (3, self.n_head, -1))  # [B, S, 3, H, Q]
+        q, k, v = qkv.unbind(2)
         if rotation is not None:
             q, k = rotate(q, rotation), rotate(k, rotation)
-        if layer is None or seqlens is None:
+        if layer is not None and seqlens is not None:
+            mixed = attention_with_kvcache(q, *layer, seqlens, k=k, v=v, backend=self.backend, causal=True)
+        elif rotation is not None:
             mixed = attention(q, k, v, backend=self.backend, causal=True)
         else:
-            mixed = attention_with_kvcache(q, *layer, seqlens, k=k, v=v, backend=self.backend, causal=True)
+            mixed = attention_qkvpacked(qkv, backend=self.backend, causal=True)
         return self.c_proj(mixed.flatten(-2))
 
 
@@ -219,6 +222,8 @@ class GPT(nn.Module):
             check_length(self.config, length)
             x = x + self.wpe(positions)
         x = self.dropout(x)
+        if not self.config.residual_in_fp32 and torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
         rotation = rotation_of(positions, self.config.head_dim) if self.wpe is None else None
         recompute = self.config.activation_checkpointing and torch.is_grad_enabled()
         for index, block in enumerate(self.h):
