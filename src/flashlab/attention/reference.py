@@ -80,10 +80,14 @@ def attention_with_kvcache(q: Tensor, k_cache: Tensor, v_cache: Tensor, cache: C
     filled = cache.append(k_cache, v_cache)
     mask = visible(q.shape[1], k_cache.shape[1], options, q.device, filled)
     bias = alibi_bias(q.shape[1], k_cache.shape[1], options, q.device, filled)
-    # Places that were never written may hold anything, and 0 * NaN is NaN.
-    written = torch.arange(k_cache.shape[1], device=q.device) < filled[:, None]
-    k, v = (x.where(written[:, :, None, None], 0.0) for x in (k_cache, v_cache))
-    return _attend(q, k, v, mask, bias, True, options)
+    # Places that were never written may hold anything, and a weight of 0 times NaN is NaN.
+    v = v_cache.where(written(k_cache.shape[1], filled), 0.0)
+    return _attend(q, k_cache, v, mask, bias, not cache.holds_own_keys(q), options)
+
+
+def written(places: int, filled: Tensor) -> Tensor:
+    """Say which places of a cache are filled: bool ``[B, places, 1, 1]``."""
+    return torch.arange(places, device=filled.device)[:, None, None] < filled[:, None, None, None]
 
 
 def _attend(
@@ -125,6 +129,8 @@ def visible(
     left, right = window(options)
     if filled is None and options.block_mask is None and left < 0 and right < 0:
         return None
+    if filled is not None and seqlen_q == 1 and left < 0 and right <= 0:  # the last query, which sees what is filled
+        return written(seqlen_k, filled).transpose(1, 3)
     distance = _distance(seqlen_q, seqlen_k, device, filled)
     mask = torch.ones_like(distance, dtype=torch.bool)
     if left >= 0:
@@ -132,7 +138,7 @@ def visible(
     if right >= 0:
         mask = mask & (distance >= -right)
     if filled is not None:
-        mask = mask & (torch.arange(seqlen_k, device=device) < filled[:, None, None, None])
+        mask = mask & written(seqlen_k, filled).transpose(1, 3)
     if options.block_mask is not None:
         rows = options.block_mask.repeat_interleave(BLOCK_SIZE, dim=0)[:seqlen_q]
         mask = mask & rows.repeat_interleave(BLOCK_SIZE, dim=1)[:, :seqlen_k]

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from flashlab.attention.reference import alibi_bias, blind_queries, visible
+from flashlab.attention.reference import alibi_bias, blind_queries, visible, written
 from flashlab.attention.spec import AttentionSpec, Cache, Options
 
 _CAN_USE = {
@@ -68,10 +68,13 @@ def attention_with_kvcache(
     sees = visible(seqlen_q, places, options, q.device, filled)
     assert sees is not None  # a cache always has a mask
     # Places that were never written may hold anything, and a weight of 0 times NaN is NaN.
-    written = (torch.arange(places, device=q.device) < filled[:, None])[:, :, None, None]
-    k, v = k_cache.where(written, 0.0), v_cache.where(written, 0.0)
+    holds = written(places, filled)
+    k, v = k_cache.where(holds, 0.0), v_cache.where(holds, 0.0)
+    bias = alibi_bias(seqlen_q, places, options, q.device, filled)
+    if cache.holds_own_keys(q):
+        return _call(kernel, q, k, v, _as_mask(kernel, q, sees, bias), False, options.softmax_scale)
     some_key = sees.any(dim=-1, keepdim=True)  # a query of a row whose cache is still empty sees none
-    mask = _as_mask(kernel, q, sees | ~some_key, alibi_bias(seqlen_q, places, options, q.device, filled))
+    mask = _as_mask(kernel, q, sees | ~some_key, bias)
     return _call(kernel, q, k, v, mask, False, options.softmax_scale) * some_key.transpose(1, 2)
 
 

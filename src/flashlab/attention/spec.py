@@ -104,8 +104,12 @@ class Cache(NamedTuple):
         """
         if self.k is None or self.v is None:
             return self.seqlens
-        batch = torch.arange(self.k.shape[0], device=self.k.device)[:, None]
-        places = self.seqlens.long()[:, None] + torch.arange(self.k.shape[1], device=self.k.device)
-        k_cache[batch, places] = self.k
-        v_cache[batch, places] = self.v
+        places = self.seqlens[:, None] + torch.arange(self.k.shape[1], device=self.k.device)
+        places = places[:, :, None, None].expand_as(self.k)
+        k_cache.scatter_(1, places, self.k)
+        v_cache.scatter_(1, places, self.v)
         return self.seqlens + self.k.shape[1]
+
+    def holds_own_keys(self, q: Tensor) -> bool:
+        """Say whether each query ``[B, Sq, H, D]`` has its own key in the cache, so that none sees no key."""
+        return self.k is not None and self.k.shape[1] >= q.shape[1]
