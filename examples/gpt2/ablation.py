@@ -30,7 +30,7 @@ def jobs(base: Job) -> dict[str, tuple[str | None, Job]]:
     config = base.config
     rotary = replace(base, config=replace(config, position="rotary"))
     dropout = replace(base, config=replace(config, dropout=0.1))
-    first = "everything on"
+    first, chunked = "everything on", "fused cross-entropy: by torch.compile alone"
     found: dict[str, tuple[str | None, Job]] = {
         first: (None, base),
         "FlashAttention: standard attention instead": (
@@ -38,16 +38,19 @@ def jobs(base: Job) -> dict[str, tuple[str | None, Job]]:
             replace(base, config=replace(config, backend="standard")),
         ),
         "fused linear + cross-entropy: all logits kept": (first, replace(base, config=replace(config, loss="full"))),
-        "fused cross-entropy: by torch.compile alone": (first, replace(base, config=replace(config, loss="chunked"))),
+        chunked: (first, replace(base, config=replace(config, loss="chunked"))),
+        "fused dense: GELU behind the product by torch.compile": (
+            first,
+            replace(base, config=replace(config, fused_mlp=False)),
+        ),
         "q, k, v in one tensor: three gradients, put together": (first, replace(base, unfused=("qkv",))),
         "residual stream: in float32": (first, replace(base, config=replace(config, residual_in_fp32=True))),
-        "vocabulary: not padded": (first, replace(base, padded=False)),
+        "vocabulary: not padded": (chunked, replace(base, padded=False, config=replace(config, loss="chunked"))),
         "AdamW: not fused": (first, replace(base, fused_adamw=False)),
         "activation checkpointing: on": (first, replace(base, config=replace(config, activation_checkpointing=True))),
     }
     if base.compiled:
         found |= {
-            "fused dense: GELU by itself": (first, replace(base, unfused=("gelu",))),
             "fused residual + LayerNorm: LayerNorm by itself": (first, replace(base, unfused=("norm",))),
             "with dropout": (None, dropout),
             "fused dropout + residual + LayerNorm: each by itself": (

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from flashlab.attention import AttentionSpec, attention, resolve
+from flashlab.attention import attention
 from flashlab.gpt2 import config as config_module
 from flashlab.gpt2 import model as model_module
 from flashlab.gpt2.config import GPTConfig, flops_per_token, num_parameters, preset
 from flashlab.gpt2.hardware import peak_flops
-from flashlab.gpt2.loss import resolve as resolve_loss
+from flashlab.gpt2.kernels import choose_kernels
 from flashlab.gpt2.model import GPT
 from flashlab.worker import Worker, WorkerLost
 
@@ -47,8 +47,8 @@ class Job:
         compiled: the model is compiled by torch.compile.
         fused_adamw: AdamW is one kernel.
         padded: the table of tokens is padded.
-        unfused: what is to be done apart: norm (with dropout), gelu and rotary, which torch.compile must leave alone,
-            and qkv, whose gradient is then put together from three.
+        unfused: what is to be done apart: norm (with dropout) and rotary, which torch.compile must leave alone, and
+            qkv, whose gradient is then put together from three.
         steps: how many are timed.
     """
 
@@ -110,7 +110,8 @@ def _train(job: Job, batch_size: int, place: torch.device) -> Row:
     length, vocab_size = job.config.block_size, job.config.vocab_size
     config = job.config
     if job.implementation == "flashlab":
-        config = choose_kernels(job, batch_size, place)
+        dtype = torch.bfloat16 if place.type == "cuda" else torch.float32
+        config = choose_kernels(config, batch_size, torch.empty(0, device=place).device, dtype)
     with place:
         model, loss_of = theirs(config) if job.implementation == "transformers" else ours(job, config)
     model.train()
@@ -139,7 +140,9 @@ def _train(job: Job, batch_size: int, place: torch.device) -> Row:
     return {
         "status": "ok",
         "reason": None,
-        "ran": {"backend": config.backend, "loss": config.loss} if job.implementation == "flashlab" else None,
+        "ran": {name: getattr(config, name) for name in ("backend", "loss", "fused_mlp")}
+        if job.implementation == "flashlab"
+        else None,
         "parameters": num_parameters(job.config),
         "batch_size": batch_size,
         "ms_per_step": round(taken * 1e3, 3),
@@ -149,17 +152,6 @@ def _train(job: Job, batch_size: int, place: torch.device) -> Row:
         "mfu": round(model_flops / peak, 4) if peak else None,
         "peak_memory_mib": round(torch.cuda.max_memory_allocated() / 2**20) if place.type == "cuda" else None,
     }
-
-
-def choose_kernels(job: Job, batch_size: int, place: torch.device) -> GPTConfig:
-    """Put attention and loss in place of auto, as `flashlab gpt2 train` does, before anything is compiled."""
-    config, on_gpu = job.config, place.type == "cuda"
-    length, heads, dtype = config.block_size, config.n_head, torch.bfloat16 if on_gpu else torch.float32
-    device = torch.empty(0, device=place).device
-    shape = (batch_size, length, length, heads, heads, config.head_dim)
-    spec = AttentionSpec(*shape, dtype, device, causal=True, needs_grad=True)
-    loss = resolve_loss(config.loss, place.type, False)
-    return replace(config, backend=resolve(config.backend, spec), loss=loss)
 
 
 def ours(job: Job, config: GPTConfig) -> tuple[nn.Module, Any]:
@@ -172,8 +164,6 @@ def ours(job: Job, config: GPTConfig) -> tuple[nn.Module, Any]:
         for module in model.modules():
             if isinstance(module, alone):
                 module.forward = torch.compiler.disable(module.forward)
-    if "gelu" in job.unfused:
-        functional.gelu = torch.compiler.disable(functional.gelu)
     if "rotary" in job.unfused:
         model_module.rotate = torch.compiler.disable(model_module.rotate)
     if "qkv" in job.unfused:

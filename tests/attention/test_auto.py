@@ -107,6 +107,17 @@ def test_the_next_that_runs_is_taken_and_the_refusals_are_told(measured, call):
     assert auto.choose(call())[:2] == ("sdpa_efficient", auto.NOT_MEASURED)
 
 
+@pytest.mark.parametrize(
+    ("changes", "backend"),
+    [({}, "standard"), ({"seqlen_k": 4096}, "flex_attention"), ({"seqlen_q": 2}, "flex_attention")],
+    ids=str,
+)
+def test_one_query_and_a_short_cache_are_not_worth_the_tables_of_flex_attention(changes, backend, measured, call):
+    measured(*ROWS, refusing=("flash_attention_2", "flash_attention_3", "flash_attention_4"))
+    spec = call(**{"layout": "cache", "seqlen_q": 1, "seqlen_k": 528, "dtype": torch.float32} | changes)
+    assert auto.choose(spec).backend == backend
+
+
 @pytest.mark.parametrize("changes", [{}, {"layout": "cache", "seqlen_q": 1}, {"alibi": True}], ids=str)
 def test_what_the_check_calls_wrong_is_never_chosen(changes, measured, call):
     names = [name for name in auto.ORDER["cuda"] if name not in ("sdpa_efficient", "standard")]

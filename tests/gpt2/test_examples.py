@@ -59,19 +59,20 @@ def test_a_mistake_is_one_line(words, complaint, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.slow  # ten processes that each import torch
+@pytest.mark.slow  # eleven processes that each import torch
 def test_ablation_compares_each_row_with_the_one_it_differs_from(tmp_path):
     options = SIZE | {"--preset": "tiny", "--length": 32}
     result, _ = run_script("ablation.py", tmp_path / "ablation.json", **options)
     rows = {row["row"]: row for row in result["rows"]}
-    assert len(rows) == 9
+    assert len(rows) == 10
     for row in rows.values():
         assert row["status"] == "ok"
         if row["against"] is not None:
             ratio = row["ms_per_step"] / rows[row["against"]]["ms_per_step"]
             assert row["slower"] == pytest.approx(ratio - 1, abs=1e-3)
     differing = {name: row for name, row in rows.items() if row["against"]}
-    assert {row["against"] for row in differing.values()} == {"everything on"}
+    others = {"vocabulary: not padded": "fused cross-entropy: by torch.compile alone"}
+    assert all(row["against"] == others.get(name, "everything on") for name, row in differing.items())
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from flashlab.errors import UserError
 from flashlab.gpt2 import loss as module
+from flashlab.gpt2 import quack
 from flashlab.gpt2.loss import IGNORED, linear_cross_entropy, resolve, why_not
 
 TOKENS, WIDTH, VOCABULARY, PADDED = 96, 16, 500, 512
@@ -169,23 +170,24 @@ def test_a_loss_that_cannot_run_says_why(monkeypatch, caplog):
         linear_cross_entropy(*inputs(), VOCABULARY, "quack")
     with pytest.raises(UserError, match=r"no loss 'duck'; there are: auto, quack, chunked, full"):
         linear_cross_entropy(*inputs(), VOCABULARY, "duck")
-    assert "float32 at most" in why_not("quack", "cuda", True)
+    assert "for bfloat16 and float16; the model computes in float64" in why_not("quack", "cuda", torch.float64, PADDED)
+    assert "multiples of 8; got 50,257" in why_not("quack", "cuda", torch.bfloat16, 50257)
     monkeypatch.setitem(sys.modules, "quack", None)
-    module._quack_problem.cache_clear()
+    quack._problem.cache_clear()
     module._announce.cache_clear()
     reason = "the package quack-kernels is not installed; it comes with flash-attn 4"
-    assert why_not("quack", "cuda", False) == reason
+    assert why_not("quack", "cuda", torch.bfloat16, PADDED) == reason
     with caplog.at_level(logging.INFO):
-        assert resolve("auto", "cuda", False) == "chunked"
+        assert resolve("auto", "cuda", torch.bfloat16, PADDED) == "chunked"
     assert caplog.messages == [f"loss: auto chose chunked on cuda; not quack: {reason}"]
-    module._quack_problem.cache_clear()
+    quack._problem.cache_clear()
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("method", ["quack", "chunked"])
 def test_on_a_gpu_it_is_as_exact_as_with_all_logits_and_takes_a_fraction_of_their_memory(method, compiled):
-    if (reason := why_not(method, "cuda", False)) is not None:
+    if (reason := why_not(method, "cuda", torch.bfloat16, PADDED)) is not None:
         pytest.skip(reason)
     tokens, width, vocabulary, padded = 32768, 768, 50257, 50304
     generator = torch.Generator("cuda").manual_seed(0)

@@ -79,15 +79,18 @@ def attention_with_kvcache(q: Tensor, k_cache: Tensor, v_cache: Tensor, cache: C
     """
     filled = cache.append(k_cache, v_cache)
     mask = visible(q.shape[1], k_cache.shape[1], options, q.device, filled)
+    assert mask is not None  # a cache always has one
     bias = alibi_bias(q.shape[1], k_cache.shape[1], options, q.device, filled)
-    # Places that were never written may hold anything, and a weight of 0 times NaN is NaN.
-    v = v_cache.where(written(k_cache.shape[1], filled), 0.0)
+    v = v_cache.where(seen(mask), 0.0)
     return _attend(q, k_cache, v, mask, bias, not cache.holds_own_keys(q), options)
 
 
-def written(places: int, filled: Tensor) -> Tensor:
-    """Say which places of a cache are filled: bool ``[B, places, 1, 1]``."""
-    return torch.arange(places, device=filled.device)[:, None, None] < filled[:, None, None, None]
+def seen(mask: Tensor) -> Tensor:
+    """Say which places of a cache some query sees by a mask ``[B, 1, Sq, places]``: bool ``[B, places, 1, 1]``.
+
+    The others, which may never have been written, can hold anything, and a weight of 0 times NaN is NaN.
+    """
+    return mask.any(dim=2, keepdim=True).transpose(1, 3) if mask.shape[2] > 1 else mask.transpose(1, 3)
 
 
 def _attend(
@@ -130,7 +133,7 @@ def visible(
     if filled is None and options.block_mask is None and left < 0 and right < 0:
         return None
     if filled is not None and seqlen_q == 1 and left < 0 and right <= 0:  # the last query, which sees what is filled
-        return written(seqlen_k, filled).transpose(1, 3)
+        return torch.arange(seqlen_k, device=device) < filled[:, None, None, None]
     distance = _distance(seqlen_q, seqlen_k, device, filled)
     mask = torch.ones_like(distance, dtype=torch.bool)
     if left >= 0:
@@ -138,7 +141,7 @@ def visible(
     if right >= 0:
         mask = mask & (distance >= -right)
     if filled is not None:
-        mask = mask & written(seqlen_k, filled).transpose(1, 3)
+        mask = mask & (torch.arange(seqlen_k, device=device) < filled[:, None, None, None])
     if options.block_mask is not None:
         rows = options.block_mask.repeat_interleave(BLOCK_SIZE, dim=0)[:seqlen_q]
         mask = mask & rows.repeat_interleave(BLOCK_SIZE, dim=1)[:, :seqlen_k]

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from flashlab.attention.reference import alibi_bias, blind_queries, visible, written
+from flashlab.attention.reference import alibi_bias, blind_queries, seen, visible
 from flashlab.attention.spec import AttentionSpec, Cache, Options
 
 _CAN_USE = {
@@ -67,9 +67,7 @@ def attention_with_kvcache(
     seqlen_q, places = q.shape[1], k_cache.shape[1]
     sees = visible(seqlen_q, places, options, q.device, filled)
     assert sees is not None  # a cache always has a mask
-    # Places that were never written may hold anything, and a weight of 0 times NaN is NaN.
-    holds = written(places, filled)
-    k, v = k_cache.where(holds, 0.0), v_cache.where(holds, 0.0)
+    k, v = k_cache.where(seen(sees), 0.0), v_cache.where(seen(sees), 0.0)
     bias = alibi_bias(seqlen_q, places, options, q.device, filled)
     if cache.holds_own_keys(q):
         return _call(kernel, q, k, v, _as_mask(kernel, q, sees, bias), False, options.softmax_scale)

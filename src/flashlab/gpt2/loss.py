@@ -10,7 +10,6 @@ since once the loss of a chunk is known nothing else is missing, so that no logi
 import logging
 from collections.abc import Callable
 from functools import cache
-from importlib import import_module
 from typing import Any
 
 import torch
@@ -19,12 +18,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from flashlab.errors import UserError
+from flashlab.gpt2 import quack
 
 logger = logging.getLogger(__name__)
 
 METHODS = ("auto", "quack", "chunked", "full")
 IGNORED = -100  # the target of tokens that do not count, as in torch
-QUACK = "quack.cross_entropy"
+MODULE = "quack.cross_entropy"
 # Logits at a time. Each chunk adds to the gradient of the whole table: on a GPU small chunks would wait for memory.
 # Fused kernels read and write logits in the dtype of autocast; else they are in memory in float32 as well.
 CHUNK = {"cuda": 2**28, "cpu": 2**24}
@@ -52,7 +52,7 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, vocab_size:
     """
     kind = x.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-    name = resolve(method, kind, dtype == torch.float64)
+    name = resolve(method, kind, dtype, len(weight))
     with torch.autocast(kind, enabled=False):
         if name == "full":
             padding = torch.arange(weight.shape[0], device=x.device) >= vocab_size
@@ -65,34 +65,29 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, vocab_size:
         return total / _count(targets)
 
 
-def why_not(method: str, device: str, float64: bool) -> str | None:
+def why_not(method: str, device: str, dtype: torch.dtype, rows: int) -> str | None:
     """Say why a method cannot run here, or return None when it can.
 
     Args:
         method: one of `METHODS`, not auto.
         device: its type, as cuda.
-        float64: the logits are.
+        dtype: of the logits.
+        rows: P, rows of the table.
     """
-    if method != "quack":
-        return None
-    if device != "cuda":
-        return f"it needs a CUDA device; the model is on {device}"
-    if float64:
-        return "it computes in float32 at most"
-    return _quack_problem()
+    return quack.why_not(MODULE, device, dtype, (rows,)) if method == "quack" else None
 
 
 @torch.compiler.assume_constant_result
-def resolve(method: str, device: str, float64: bool) -> str:
+def resolve(method: str, device: str, dtype: torch.dtype, rows: int) -> str:
     """Choose the method; a graph under torch.compile holds the answer as a constant."""
     if method == "auto":
-        reason = why_not("quack", device, float64)
+        reason = why_not("quack", device, dtype, rows)
         chosen = "quack" if reason is None else "chunked"
         _announce(f"loss: auto chose {chosen} on {device}" + (f"; not quack: {reason}" if reason else ""))
         return chosen
     if method not in METHODS:
         raise UserError(f"no loss {method!r}; there are: {', '.join(METHODS)}")
-    if (reason := why_not(method, device, float64)) is not None:
+    if (reason := why_not(method, device, dtype, rows)) is not None:
         raise UserError(f"loss {method!r} cannot run here: {reason}; take auto or chunked")
     return method
 
@@ -101,21 +96,6 @@ def resolve(method: str, device: str, float64: bool) -> str:
 def _announce(message: str) -> None:
     """Log each distinct choice once."""
     logger.info(message)
-
-
-@cache
-def _quack_problem() -> str | None:
-    try:
-        import_module(QUACK)
-    except ModuleNotFoundError as error:
-        missing = error.name or ""
-        if QUACK.startswith(missing):
-            return "the package quack-kernels is not installed; it comes with flash-attn 4"
-        return f"the package quack-kernels lacks the module {missing}"
-    except Exception as error:  # made for another torch, it fails in its own ways
-        return f"the package quack-kernels does not load: {' '.join(str(error).split())}"
-    major, minor = torch.cuda.get_device_capability()
-    return None if major >= 9 else f"it needs a GPU of compute capability 9.0 or newer; this one has {major}.{minor}"
 
 
 class _Chunked(torch.autograd.Function):

@@ -19,6 +19,7 @@ from flashlab.attention import attention, attention_qkvpacked, attention_with_kv
 from flashlab.errors import UserError
 from flashlab.gpt2.config import GPTConfig
 from flashlab.gpt2.loss import linear_cross_entropy
+from flashlab.gpt2.mlp import fused_mlp
 
 EPSILON = 1e-5  # of the norms
 STD = 0.02  # of new weights
@@ -93,11 +94,14 @@ class MLP(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.gated = config.mlp == "swiglu"
+        self.fused = config.fused_mlp and not self.gated
         self.c_fc = nn.Linear(config.n_embd, config.n_inner * (2 if self.gated else 1), bias=config.bias)
         self.c_proj = nn.Linear(config.n_inner, config.n_embd, bias=config.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[B, S, W]`` to ``[B, S, W]``."""
+        if self.fused and (mixed := fused_mlp(x, self.c_fc, self.c_proj)) is not None:
+            return mixed
         x = self.c_fc(x)
         if self.gated:
             gate, x = x.chunk(2, dim=-1)

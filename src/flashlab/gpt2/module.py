@@ -28,7 +28,7 @@ from flashlab.training.run import loading
 from flashlab.training.trainer import adamw
 
 # Options of `GPTConfig` that say how a model is computed, not what it is: a run may be resumed with others.
-COMPUTED = ("backend", "loss", "activation_checkpointing", "dropout")
+COMPUTED = ("backend", "loss", "fused_mlp", "residual_in_fp32", "activation_checkpointing", "dropout")
 
 
 class GPTModule(LightningModule):

@@ -11,13 +11,12 @@ from lightning.pytorch import seed_everything
 from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 
-from flashlab.attention import AttentionSpec, resolve
 from flashlab.errors import UserError, replacing
 from flashlab.gpt2 import huggingface
-from flashlab.gpt2.config import GPTConfig, flops_per_token, num_parameters
+from flashlab.gpt2.config import flops_per_token, num_parameters
 from flashlab.gpt2.data import Blocks
 from flashlab.gpt2.hardware import peak_flops
-from flashlab.gpt2.loss import resolve as resolve_loss
+from flashlab.gpt2.kernels import choose_kernels
 from flashlab.gpt2.module import COMPUTED, GPTModule, TokensDataModule
 from flashlab.gpt2.options import DataConfig, LoggerConfig, ModelConfig, OptimizerConfig, TrainerConfig
 from flashlab.gpt2.tokenizer import VOCABULARY
@@ -106,7 +105,9 @@ def train(
     if trainer.strategy == "fsdp" and world_size == 1:
         raise UserError("--trainer.strategy fsdp shares a model out among several devices; give --trainer.devices")
     compiled, why_not = _choose_compile(trainer, accelerator)
-    chosen = _choose_kernels(shape, data.batch_size, accelerator, precision)
+    device = torch.device("cuda" if accelerator == "gpu" else "cpu")
+    dtype = {"32-true": torch.float32, "bf16-mixed": torch.bfloat16}[precision]
+    chosen = choose_kernels(shape, data.batch_size, device, dtype)
     curves = logger.make(run)
 
     quieten()
@@ -143,6 +144,7 @@ def train(
         "parameters": num_parameters(shape),
         "attention_backend": chosen.backend,
         "loss": chosen.loss,
+        "fused_mlp": chosen.fused_mlp,
         "compiled": compiled,
         "tokens_per_step": tokens_per_step,
         "accumulated": accumulated,
@@ -194,18 +196,6 @@ def _choose_compile(trainer: TrainerConfig, accelerator: str) -> tuple[bool, str
             raise UserError(f"--trainer.compile true cannot run here: {why_not}; leave it at auto")
         return True, ""
     return why_not is None, f"not compiled: {why_not}" if why_not else ""
-
-
-def _choose_kernels(shape: GPTConfig, batch_size: int, accelerator: str, precision: str) -> GPTConfig:
-    """Choose attention backend and loss once for the whole run, before anything is compiled around them."""
-    device = torch.device("cuda" if accelerator == "gpu" else "cpu")
-    dtype = {"32-true": torch.float32, "bf16-mixed": torch.bfloat16}[precision]
-    length, heads = shape.block_size, shape.n_head
-    spec = AttentionSpec(
-        batch_size, length, length, heads, heads, shape.head_dim, dtype, device, causal=True, needs_grad=True
-    )
-    loss = resolve_loss(shape.loss, device.type, False)
-    return replace(shape, backend=resolve(shape.backend, spec), loss=loss)
 
 
 def _strategy(name: str, world_size: int) -> Any:
