@@ -148,14 +148,16 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.config = config
-        self.wte = nn.Embedding(config.padded_vocab_size, config.n_embd)
-        self.wpe = nn.Embedding(config.block_size, config.n_embd) if config.position == "learned" else None
-        self.dropout = nn.Dropout(config.dropout)
-        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.ln_f = _norm(config)
-        self.lm_head = None
-        if not config.tie_weights:
-            self.lm_head = nn.Linear(config.n_embd, config.padded_vocab_size, bias=False)
+        with torch.device("meta"):  # torch would first draw weights of its own, which takes five times as long
+            self.wte = nn.Embedding(config.padded_vocab_size, config.n_embd)
+            self.wpe = nn.Embedding(config.block_size, config.n_embd) if config.position == "learned" else None
+            self.dropout = nn.Dropout(config.dropout)
+            self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+            self.ln_f = _norm(config)
+            self.lm_head = None
+            if not config.tie_weights:
+                self.lm_head = nn.Linear(config.n_embd, config.padded_vocab_size, bias=False)
+        self.to_empty(device=torch.get_default_device())
         self._loss = linear_cross_entropy
         self.initialise()
 
