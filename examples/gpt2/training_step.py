@@ -111,7 +111,7 @@ def _train(job: Job, batch_size: int, place: torch.device) -> Row:
     config = job.config
     if job.implementation == "flashlab":
         dtype = torch.bfloat16 if place.type == "cuda" else torch.float32
-        config = choose_kernels(config, batch_size, torch.empty(0, device=place).device, dtype)
+        config = choose_kernels(config, batch_size, place, dtype)
     with place:
         model, loss_of = theirs(config) if job.implementation == "transformers" else ours(job, config)
     model.train()

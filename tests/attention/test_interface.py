@@ -7,6 +7,7 @@ from flashlab.attention import (
     BackendUnavailable,
     attention,
     attention_packed,
+    attention_qkvpacked,
     attention_with_kvcache,
     interface,
     resolve,
@@ -263,3 +264,9 @@ def test_backends_without_a_layout_refuse_it(make_spec):
     with pytest.raises(BackendUnavailable, match="it has no form for packed sequences"):
         attention_packed(*packed(), backend="sdpa_math")
     assert resolve("auto", make_spec(layout="packed")) in BACKENDS
+
+
+@pytest.mark.parametrize("shape", [(2, 8, 4, 16), (2, 8, 2, 4, 16)], ids=str)
+def test_one_tensor_that_is_not_of_three_is_refused(shape):
+    with pytest.raises(ValueError, match=r"qkv must be of shape \[B, S, 3, H, D\]; got torch.float32 \(2, 8, "):
+        attention_qkvpacked(torch.randn(shape))

@@ -67,7 +67,8 @@ def attention_with_kvcache(
     seqlen_q, places = q.shape[1], k_cache.shape[1]
     sees = visible(seqlen_q, places, options, q.device, filled)
     assert sees is not None  # a cache always has a mask
-    k, v = k_cache.where(seen(sees), 0.0), v_cache.where(seen(sees), 0.0)
+    kept = seen(sees)
+    k, v = k_cache.where(kept, 0.0), v_cache.where(kept, 0.0)
     bias = alibi_bias(seqlen_q, places, options, q.device, filled)
     if cache.holds_own_keys(q):
         return _call(kernel, q, k, v, _as_mask(kernel, q, sees, bias), False, options.softmax_scale)

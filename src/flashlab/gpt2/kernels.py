@@ -27,5 +27,7 @@ def choose_kernels(config: GPTConfig, batch_size: int, device: torch.device, dty
         config,
         backend=resolve(config.backend, AttentionSpec(*shape, dtype, device, causal=True, needs_grad=True)),
         loss=loss.resolve(config.loss, device.type, dtype, config.padded_vocab_size),
-        fused_mlp=config.fused_mlp and mlp.why_not(device.type, dtype, config.n_embd, config.n_inner) is None,
+        fused_mlp=config.fused_mlp
+        and config.mlp == "gelu"
+        and mlp.why_not(device.type, dtype, config.n_embd, config.n_inner) is None,
     )
