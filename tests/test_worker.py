@@ -22,6 +22,23 @@ def test_it_answers_and_passes_on_what_a_function_raises(worker):
     assert worker.call(os.getenv, "FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", timeout_s=30) == "1"
 
 
+class Unsendable(Exception):  # noqa: N818
+    """It cannot be made again from its message alone, as some libraries' errors cannot."""
+
+    def __init__(self, what: str, where: str) -> None:
+        super().__init__(f"{what} in {where}")
+
+
+def fail() -> None:
+    raise Unsendable("a fault", "a library")
+
+
+def test_an_error_that_cannot_be_sent_arrives_in_words(worker):
+    with pytest.raises(RuntimeError, match=r"^Unsendable: a fault in a library$"):
+        worker.call(fail, timeout_s=30)
+    assert worker.call(math.sqrt, 4, timeout_s=30) == 2
+
+
 def test_what_is_printed_there_goes_to_the_log(worker, tmp_path, capfd):
     worker.call(os.system, "echo from a kernel; echo and its errors >&2", timeout_s=30)
     worker.call(print, "from Python", flush=True, timeout_s=30)

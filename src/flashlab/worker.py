@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import pickle
 import signal
 from collections.abc import Callable
 from contextlib import suppress
@@ -86,5 +87,14 @@ def _serve(pipe: Connection, log: Path) -> None:
             try:
                 answer, error = function(*arguments, **options), None
             except Exception as raised:
-                answer, error = None, raised
+                answer, error = None, _sendable(raised)
             pipe.send((answer, error))
+
+
+def _sendable(error: Exception) -> Exception:
+    """Return an error, or its words where libraries made it so that it does not survive the way to the parent."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
