@@ -23,7 +23,7 @@ from flashlab.attention.backends import BACKENDS, why_not
 from flashlab.attention.spec import AttentionSpec, Options
 from flashlab.bench.measure import one_line
 from flashlab.bench.sweep import choose_device
-from flashlab.cli import reported
+from flashlab.cli import script
 from flashlab.machine import provenance
 
 SHAPE = {"batch_size": 1, "seqlen_q": 1, "seqlen_k": 128, "num_heads": 8, "head_dim": 64}  # one token of decoding
@@ -191,4 +191,4 @@ def show(rows: list[dict[str, Any]], device: torch.device) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(reported(lambda: auto_cli(overhead)))
+    script(lambda: auto_cli(overhead))

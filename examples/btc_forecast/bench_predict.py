@@ -1,6 +1,5 @@
 """Measure the stream of `flashlab predict RUN -` beside running the whole window for every bar."""
 
-import sys
 from json import dumps
 from pathlib import Path
 from time import perf_counter
@@ -13,7 +12,7 @@ from flashlab.btc.bars import FEATURES
 from flashlab.btc.model import Forecaster, ModelConfig
 from flashlab.btc.simulate import simulate_bars
 from flashlab.btc.stream import Stream
-from flashlab.cli import reported
+from flashlab.cli import script
 
 
 @torch.inference_mode()
@@ -52,4 +51,4 @@ def bench(*, context_length: int = 2048, samples: int = 8, json: Path | None = N
 
 
 if __name__ == "__main__":
-    sys.exit(reported(lambda: auto_cli(bench)))
+    script(lambda: auto_cli(bench))

@@ -1,7 +1,6 @@
 """Measure the preparing of a CSV beside a bare `pandas.read_csv` of it, in one process and in turn."""
 
 import resource
-import sys
 import tempfile
 from json import dumps
 from pathlib import Path
@@ -12,7 +11,7 @@ import pandas as pd
 from jsonargparse import auto_cli
 
 from flashlab.btc.prepare import open_set, prepare
-from flashlab.cli import reported
+from flashlab.cli import script
 
 
 def bench(src: Path, *, rounds: int = 5, json: Path | None = None) -> None:
@@ -51,4 +50,4 @@ def bench(src: Path, *, rounds: int = 5, json: Path | None = None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(reported(lambda: auto_cli(bench)))
+    script(lambda: auto_cli(bench))

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from jsonargparse import auto_cli
 
-from flashlab.cli import reported
+from flashlab.cli import script
 from flashlab.machine import provenance, write_result
 
 HERE = Path(__file__).parent
@@ -76,4 +76,4 @@ def heads(
 
 
 if __name__ == "__main__":
-    sys.exit(reported(lambda: auto_cli(heads, as_positional=True)))
+    script(lambda: auto_cli(heads, as_positional=True))

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.markdown import Markdown
 from training_step import METHOD, Job, measure, shape
 
-from flashlab.cli import reported
+from flashlab.cli import script
 from flashlab.gpt2 import report
 from flashlab.machine import provenance, write_result
 
@@ -106,4 +106,4 @@ def ablation(
 
 
 if __name__ == "__main__":
-    sys.exit(reported(lambda: auto_cli(ablation)))
+    script(lambda: auto_cli(ablation))

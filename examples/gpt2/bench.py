@@ -20,7 +20,7 @@ from rich.markdown import Markdown
 from training_step import METHOD, Job, measure, shape
 
 from flashlab.attention import backends as attention
-from flashlab.cli import reported
+from flashlab.cli import script
 from flashlab.errors import UserError, replacing
 from flashlab.gpt2 import report
 from flashlab.machine import provenance, write_result
@@ -91,4 +91,4 @@ def bench(
 
 
 if __name__ == "__main__":
-    sys.exit(reported(lambda: auto_cli(bench)))
+    script(lambda: auto_cli(bench))

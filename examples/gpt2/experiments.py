@@ -21,7 +21,7 @@ from rich.markdown import Markdown
 
 from flashlab.attention.backends import BACKENDS
 from flashlab.btc.report import read_curves
-from flashlab.cli import reported
+from flashlab.cli import script
 from flashlab.gpt2 import report
 from flashlab.gpt2.tokens import open_set
 from flashlab.machine import provenance, write_result
@@ -165,4 +165,4 @@ def start(kind: str, command: str) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    sys.exit(reported(lambda: auto_cli([scaling, backends], as_positional=True)))
+    script(lambda: auto_cli([scaling, backends], as_positional=True))

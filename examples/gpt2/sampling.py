@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.markdown import Markdown
 from training_step import shape
 
-from flashlab.cli import reported
+from flashlab.cli import script
 from flashlab.gpt2 import report
 from flashlab.gpt2.model import GPT
 from flashlab.gpt2.sample import generate
@@ -89,4 +89,4 @@ def sampling(
 
 
 if __name__ == "__main__":
-    sys.exit(reported(lambda: auto_cli(sampling)))
+    script(lambda: auto_cli(sampling))

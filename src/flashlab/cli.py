@@ -20,7 +20,7 @@ import docstring_parser
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
 
 from flashlab import __version__
-from flashlab.errors import UserError
+from flashlab.errors import Terminated, UserError, terminable
 
 COMMANDS = {
     "doctor": ("flashlab.doctor:doctor", "say what this machine has, what will be used and what is wrong"),
@@ -88,9 +88,15 @@ def reported(command: Callable[[], int | None]) -> int:
     except UserError as error:
         print(f"flashlab: error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         print("flashlab: interrupted", file=sys.stderr)
-        return 128 + signal.SIGINT
+        return 128 + (signal.SIGTERM if isinstance(error, Terminated) else signal.SIGINT)
+
+
+def script(command: Callable[[], int | None]) -> NoReturn:
+    """Run a script of examples/ to its exit code: as `reported`, and SIGTERM ends it as Ctrl-C does."""
+    with terminable():
+        sys.exit(reported(command))
 
 
 def load(name: str) -> Callable[..., int | None]:

@@ -1,11 +1,13 @@
-"""Mistakes that are the user's to fix."""
+"""Mistakes that are the user's to fix, and stops."""
 
 import errno
 import os
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from socket import gethostname
+from types import FrameType
 
 from filelock import FileLock, Timeout
 
@@ -26,6 +28,24 @@ class UserError(Exception):
     The message is one line that says what was wrong, where, and what to do. The command line prints it to stderr and
     exits with code 2; no traceback is shown. Anything else that escapes is a bug and keeps its traceback.
     """
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM came."""
+
+
+@contextmanager
+def terminable() -> Iterator[None]:
+    """Let SIGTERM stop what runs as Ctrl-C does, so that processes are ended and temporary folders taken away."""
+
+    def stop(_number: int, _frame: FrameType | None) -> None:
+        raise Terminated
+
+    previous = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 @contextmanager

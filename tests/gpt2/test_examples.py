@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -57,6 +59,29 @@ def test_a_mistake_is_one_line(words, complaint, tmp_path):
     (line,) = ran.stderr.splitlines()
     assert complaint in line
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stop_leaves_no_process_and_no_folder_behind(number, tmp_path):
+    """What was measured before stays, which is nothing here."""
+    options = SIZE | {"--presets": "[tiny]", "--lengths": "[32]", "--steps": 1_000_000, "--hugging_face": "[]"}
+    command = [sys.executable, FOLDER / "bench.py", *(f"{key}={value}" for key, value in options.items())]
+    (tmp_path / "temporary").mkdir()
+    environment = os.environ | {"TMPDIR": str(tmp_path / "temporary"), "CUDA_VISIBLE_DEVICES": ""}
+    out = f"--out={tmp_path / 'out.json'}"
+    with subprocess.Popen([*map(str, command), out], stderr=subprocess.PIPE, text=True, env=environment) as process:
+        assert "tiny" in process.stderr.read(4)
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+        while not (started := children.read_text().split()):
+            time.sleep(0.05)
+        process.send_signal(number)
+        assert process.wait(30) == 128 + number
+        assert "Traceback" not in process.stderr.read()
+    assert list((tmp_path / "temporary").glob("flashlab-*")) == []
+    ends = time.monotonic() + 20  # Python's own helper process ends after the one that it helped
+    while left := [pid for pid in started if Path(f"/proc/{pid}").exists()]:
+        assert time.monotonic() < ends, left
+        time.sleep(0.05)
 
 
 @pytest.mark.slow  # eleven processes that each import torch

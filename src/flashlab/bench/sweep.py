@@ -8,14 +8,12 @@ import json
 import os
 import signal
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from itertools import product
 from multiprocessing.connection import wait
 from pathlib import Path
 from time import monotonic
-from types import FrameType
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -30,7 +28,7 @@ from flashlab.attention.backends import BACKENDS
 from flashlab.bench.case import DTYPES, Case
 from flashlab.bench.flops import PASSES
 from flashlab.bench.measure import METHOD, Row, ceilings, measure, new_row, one_line, rehearse
-from flashlab.errors import UserError, alone_in
+from flashlab.errors import Terminated, UserError, alone_in, terminable
 from flashlab.machine import provenance, write_result
 from flashlab.worker import Worker, WorkerLost
 
@@ -85,10 +83,6 @@ class Cell(NamedTuple):
     pass_name: str
 
 
-class Stopped(KeyboardInterrupt):
-    """SIGTERM came."""
-
-
 def sweep(
     *,
     grids: list[Grid] | None = None,
@@ -137,11 +131,11 @@ def _sweep(result: "_Result", jobs: int, timeout_s: float, options: dict[str, An
     console.print(f"{len(cells)} measurements{resumed}{estimate}")
     try:
         if todo:
-            with _terminable(), _progress(console) as progress:
+            with terminable(), _progress(console) as progress:
                 _run(result, todo, jobs, timeout_s, options, progress)
     except KeyboardInterrupt as error:
         console.print(f"stopped after {len(result.rows)} of {len(cells)}: the same command measures the others")
-        return 128 + (signal.SIGTERM if isinstance(error, Stopped) else signal.SIGINT)
+        return 128 + (signal.SIGTERM if isinstance(error, Terminated) else signal.SIGINT)
     finally:
         result.save()
     counts = Counter(row["status"] for row in result.rows.values())
@@ -399,17 +393,3 @@ def _progress(console: Console) -> Progress:
     title = TextColumn("{task.description}", table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1))
     counts = BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()
     return Progress(*counts, title, console=console, expand=True)
-
-
-@contextmanager
-def _terminable() -> Iterator[None]:
-    """Let SIGTERM stop the command as Ctrl-C does."""
-
-    def stop(_number: int, _frame: FrameType | None) -> None:
-        raise Stopped
-
-    previous = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)
