@@ -18,7 +18,7 @@ from jsonargparse import auto_cli
 from jsonargparse.typing import PositiveInt
 from rich.console import Console
 from rich.markdown import Markdown
-from training_step import METHOD, Job, measure, shape
+from training_step import METHOD, Job, measure, shape, warn_without_gpu
 
 from flashlab.cli import script
 from flashlab.gpt2 import report
@@ -90,6 +90,7 @@ def ablation(
     command = shlex.join(["python", "examples/gpt2/ablation.py", *sys.argv[1:]])
     record: dict[str, Any] = provenance("gpt2_ablation") | {"command": command, "method": METHOD, "preset": preset}
     rows: dict[str, dict[str, Any]] = {}
+    warn_without_gpu()
     with TemporaryDirectory(prefix="flashlab-") as folder:
         for name, (against, job) in jobs(base).items():
             print(f"{name} ... ", end="", file=sys.stderr)

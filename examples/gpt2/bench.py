@@ -17,7 +17,7 @@ from jsonargparse import auto_cli
 from jsonargparse.typing import PositiveInt
 from rich.console import Console
 from rich.markdown import Markdown
-from training_step import METHOD, Job, measure, shape
+from training_step import METHOD, Job, measure, shape, warn_without_gpu
 
 from flashlab.attention import backends as attention
 from flashlab.cli import script
@@ -71,6 +71,7 @@ def bench(
     command = shlex.join(["python", "examples/gpt2/bench.py", *sys.argv[1:]])
     record: dict[str, Any] = provenance("gpt2_bench") | {"command": command, "method": METHOD, "claim": CLAIM}
     record["rows"] = []
+    warn_without_gpu()
     with TemporaryDirectory(prefix="flashlab-") as folder:
         for preset in presets:
             for length in lengths:

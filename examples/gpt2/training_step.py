@@ -71,6 +71,16 @@ def shape(name: str, **changes: Any) -> GPTConfig:
     return replace(TINY, **changes) if name == "tiny" else preset(name, **changes)
 
 
+def warn_without_gpu() -> None:
+    """Say beforehand what a measurement takes that is made for GPUs."""
+    if not torch.cuda.is_available():
+        minutes = f"{LIMIT_S / 60:.0f} minutes"
+        print(
+            f"there is no GPU: a row of any preset but tiny may take {minutes}, after which it is ended",
+            file=sys.stderr,
+        )
+
+
 def measure(job: Job, log: Path) -> Row:
     """Time a job in a process of its own, and say why where that is not possible."""
     worker = Worker(log)
