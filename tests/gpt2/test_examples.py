@@ -69,14 +69,19 @@ def test_a_stop_leaves_no_process_and_no_folder_behind(number, tmp_path):
     (tmp_path / "temporary").mkdir()
     environment = os.environ | {"TMPDIR": str(tmp_path / "temporary"), "CUDA_VISIBLE_DEVICES": ""}
     out = f"--out={tmp_path / 'out.json'}"
-    with subprocess.Popen([*map(str, command), out], stderr=subprocess.PIPE, text=True, env=environment) as process:
-        assert "tiny" in process.stderr.read(4)
+    process = subprocess.Popen([*map(str, command), out], stderr=subprocess.PIPE, text=True, env=environment)
+    try:
+        assert process.stderr.readline().startswith("there is no GPU: ")
+        assert process.stderr.read(4) == "tiny"
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
         while not (started := children.read_text().split()):
             time.sleep(0.05)
         process.send_signal(number)
-        assert process.wait(30) == 128 + number
-        assert "Traceback" not in process.stderr.read()
+        _, told = process.communicate(timeout=30)
+    finally:
+        process.kill()
+    assert process.returncode == 128 + number
+    assert "Traceback" not in told
     assert list((tmp_path / "temporary").glob("flashlab-*")) == []
     ends = time.monotonic() + 20  # Python's own helper process ends after the one that it helped
     while left := [pid for pid in started if Path(f"/proc/{pid}").exists()]:
