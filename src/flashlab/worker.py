@@ -13,6 +13,8 @@ from typing import Any
 # Set before anything is imported there: kernels that are compiled stay on the disk, and compiling stays in the process.
 ENVIRONMENT = {"FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
 
+STOPS = (signal.SIGINT, signal.SIGTERM)
+
 
 class WorkerLost(Exception):  # noqa: N818 - it is the worker that is lost, whatever the error was
     """The process died or took too long; `signal_number` says what ended it, where something did."""
@@ -34,7 +36,11 @@ class Worker:
         context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
         self.connection, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs, log), daemon=not has_children)
-        self._process.start()
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)  # else a stop in between leaves it with a traceback
+        try:
+            self._process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
         theirs.close()
 
     def call(self, function: Callable[..., Any], *arguments: Any, timeout_s: float, **options: Any) -> Any:
@@ -76,6 +82,7 @@ class Worker:
 
 def _serve(pipe: Connection, log: Path) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
     with log.open("ab", buffering=0) as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
