@@ -162,7 +162,8 @@ def undisturbed(cluster):
         ((first, step),) = two.first_steps()
         assert step == 0
         (end,) = two.lines("trained 1,000 steps")
-        assert [line.text for line in two.lines("Traceback|rror")] == []
+        # At the end torch's store may warn, with frames of C++, that the other side was the first to go.
+        assert [line.text for line in two.lines("Traceback|flashlab: error|Error: ")] == []
         return checkpoints, first - two.began, (end.time - first) / STEPS
 
 
