@@ -99,6 +99,11 @@ def report(path: Path) -> None:
     folder = path.parent if path.name in REPORTS and path.is_file() else path
     name = "sweep.json" if folder.is_file() else next((name for name in REPORTS if (folder / name).is_file()), None)
     if name is None:
+        if (folder / "run.json").is_file() and "tokens_per_step" in (folder / "run.json").read_text(errors="replace"):
+            raise UserError(
+                f"{path} is a run of `flashlab gpt2 train`, which has no report: `make tensorboard` shows its curves, "
+                f"`flashlab gpt2 sample {path}` what it learned"
+            )
         lacks = (f"no {name}: run `{command.format(path=path)}` first" for name, (_, command) in REPORTS.items())
         raise UserError(f"{path} has {', and '.join(lacks)}")
     module, function = REPORTS[name][0].split(":")

@@ -251,6 +251,11 @@ def test_what_is_not_a_result_is_one_line(content, tmp_path, capsys):
     assert_refused(tmp_path, "`flashlab bench sweep` writes it", capsys)
 
 
+def test_a_run_of_gpt2_is_sent_to_what_shows_it(tmp_path, capsys):
+    (tmp_path / "run.json").write_text('{"tokens_per_step": 2048}')
+    assert_refused(tmp_path, f"`make tensorboard` shows its curves, `flashlab gpt2 sample {tmp_path}` what", capsys)
+
+
 def test_a_folder_that_holds_neither_is_told_of_both(tmp_path, capsys):
     assert_refused(tmp_path, "has no metrics.json: run `flashlab evaluate ", capsys)
     assert_refused(tmp_path, "no sweep.json: run `flashlab bench sweep` first", capsys)
