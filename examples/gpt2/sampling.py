@@ -27,6 +27,8 @@ from flashlab.machine import provenance, write_result
 
 METHOD = {
     "tokens_per_s": "of all sequences, from the call to the last token; median of the repeats after one that warms up",
+    "tokens_per_s_without_cache": "all positions anew for each token, launched kernel by kernel since the length "
+    "changes; with the cache a step is one CUDA graph, where the backend allows it",
     "same_tokens": "share of the tokens that both draw alike, of sequences that are alike up to there",
 }
 
