@@ -1,11 +1,13 @@
 import math
 import os
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
 
-from flashlab.worker import Worker, WorkerLost
+from flashlab.worker import Worker, WorkerLost, run_flashlab
 
 
 @pytest.fixture
@@ -61,6 +63,16 @@ def test_a_process_that_is_lost_says_how(worker, function, argument, says):
         worker.call(function, *() if argument is None else (argument,), timeout_s=1)
     with pytest.raises(WorkerLost):
         worker.call(math.sqrt, 4, timeout_s=1)
+
+
+def test_a_command_is_asked_to_stop_before_it_is_ended(tmp_path, monkeypatch):
+    command = tmp_path / "python"
+    command.write_text("#!/bin/sh\ntrap 'echo \"$@\" > asked; exit 3' TERM\nsleep 60 & wait\n")
+    command.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(command))
+    with pytest.raises(subprocess.TimeoutExpired):
+        run_flashlab("gpt2", "train", timeout_s=1, cwd=tmp_path)
+    assert (tmp_path / "asked").read_text() == "-m flashlab gpt2 train\n"
 
 
 def test_ctrl_c_is_the_parents_affair(worker):

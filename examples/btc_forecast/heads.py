@@ -8,24 +8,22 @@ to itself, and scores each run. What is trained already is not trained again.
 
 import json
 import shlex
-import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from jsonargparse import auto_cli
 
 from flashlab.cli import script
 from flashlab.machine import provenance, write_result
+from flashlab.worker import run_flashlab
 
 HERE = Path(__file__).parent
 NUM_HEADS = (8, 4, 2, 1)
 
 
 def flashlab(*arguments: object) -> None:
-    done = subprocess.run([sys.executable, "-m", "flashlab", *map(str, arguments)], stdout=sys.stderr)
-    if done.returncode:
-        sys.exit(done.returncode)  # it has said why
+    if code := run_flashlab(*arguments, stdout=sys.stderr).returncode:
+        sys.exit(code)  # it has said why
 
 
 def heads(
@@ -49,8 +47,8 @@ def heads(
     for count, run in zip(NUM_HEADS, folders, strict=True):
         options = ["--model.num_heads", count, "--data.path", data, "--seed", seed, "--run", run, "--resume"]
         flashlab("train", *configs, *options)
-    with ThreadPoolExecutor() as pool:
-        list(pool.map(lambda run: flashlab("evaluate", run), folders))
+    for run in folders:
+        flashlab("evaluate", run)
     rows = []
     for count, run in zip(NUM_HEADS, folders, strict=True):
         record, metrics = (json.loads((run / name).read_text()) for name in ("run.json", "metrics.json"))

@@ -25,6 +25,7 @@ from flashlab.cli import script
 from flashlab.gpt2 import report
 from flashlab.gpt2.tokens import open_set
 from flashlab.machine import provenance, write_result
+from flashlab.worker import run_flashlab
 
 HERE = Path(__file__).parent
 KEPT = ("tokens_per_s", "mfu", "ms_per_step", "peak_memory_mib", "best_val_loss", "precision")
@@ -34,11 +35,10 @@ BYTES_PER_PARAMETER = 16  # float32: the weight, its gradient, AdamW's two avera
 
 def train(run: Path, *options: object) -> dict[str, Any]:
     """Run `flashlab gpt2 train`; return what it says of the run."""
-    command = [sys.executable, "-m", "flashlab", "gpt2", "train", *options, "--run", run]
-    done = subprocess.run(list(map(str, command)), stdout=sys.stderr, stderr=subprocess.PIPE, text=True)
+    done = run_flashlab("gpt2", "train", *options, "--run", run, stdout=sys.stderr, stderr=subprocess.PIPE)
     last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
     if done.returncode == REFUSED:
-        return {"status": "unavailable", "reason": last.removeprefix("error: ")}
+        return {"status": "unavailable", "reason": last.removeprefix("flashlab: error: ")}
     if done.returncode:
         return {"status": "failed", "reason": f"exit code {done.returncode}: {last}"}
     record = json.loads((run / "run.json").read_text())
@@ -108,7 +108,7 @@ def scaling(
                 write_result(out, record)
     Console().print(Markdown(report.scaling(out)))
     print(f"wrote {out}")
-    return int(any(row["status"] == "failed" for row in record["rows"]))
+    return int(any(row["status"] != "ok" for row in record["rows"]))
 
 
 def backends(
@@ -155,7 +155,8 @@ def backends(
             write_result(out, record)
     Console().print(Markdown(report.backends(out)))
     print(f"wrote {out}")
-    return int(any(row["status"] == "failed" for row in record["rows"]))
+    required = ("ok", "unavailable")
+    return int(record["rows"][0]["status"] != "ok" or any(row["status"] not in required for row in record["rows"]))
 
 
 def start(kind: str, command: str) -> dict[str, Any]:

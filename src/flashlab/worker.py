@@ -1,11 +1,14 @@
-"""A process that runs functions, so that one that crashes, hangs or spoils the GPU takes nothing else with it."""
+"""Processes for what may crash, hang or spoil the GPU, so that it takes nothing else with it: functions, commands."""
 
 import multiprocessing
 import os
 import pickle
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from contextlib import suppress
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -13,6 +16,7 @@ from typing import Any
 # Set before anything is imported there: kernels that are compiled stay on the disk, and compiling stays in the process.
 ENVIRONMENT = {"FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
 
+GRACE_S = 30.0  # for a command that is asked to stop
 STOPS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -36,6 +40,7 @@ class Worker:
         context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
         self.connection, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs, log), daemon=not has_children)
+        resource_tracker.ensure_running()  # starting it lets signals through again, up to Python 3.13
         blocked = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)  # else a stop in between leaves it with a traceback
         try:
             self._process.start()
@@ -78,6 +83,33 @@ class Worker:
         """End the process at once."""
         self._process.kill()
         self._process.join()
+
+
+def run_flashlab(*words: object, timeout_s: float | None = None, **options: Any) -> subprocess.CompletedProcess[str]:
+    """Run a command of this package in a process of its own, as `subprocess.run` would.
+
+    What ends this process asks that one to stop, and waits for it: a training writes its checkpoint first, and ends the
+    processes that it has started.
+
+    Args:
+        words: of the command line.
+        timeout_s: longest time.
+        options: of `subprocess.Popen`.
+
+    Raises:
+        subprocess.TimeoutExpired: it took longer.
+    """
+    command = [sys.executable, "-m", "flashlab", *map(str, words)]
+    with subprocess.Popen(command, text=True, **options) as process:
+        try:
+            out, err = process.communicate(timeout=timeout_s)
+        except BaseException:
+            process.terminate()
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(GRACE_S)
+            process.kill()
+            raise
+    return subprocess.CompletedProcess(command, process.returncode, out, err)
 
 
 def _serve(pipe: Connection, log: Path) -> None:

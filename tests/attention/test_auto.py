@@ -109,7 +109,13 @@ def test_the_next_that_runs_is_taken_and_the_refusals_are_told(measured, call):
 
 @pytest.mark.parametrize(
     ("changes", "backend"),
-    [({}, "standard"), ({"seqlen_k": 4096}, "flex_attention"), ({"seqlen_q": 2}, "flex_attention")],
+    [
+        ({}, "standard"),
+        ({"dtype": torch.float16}, "flex_attention"),
+        ({"seqlen_k": 4096}, "flex_attention"),
+        ({"seqlen_q": 2}, "flex_attention"),
+        ({"causal": False}, "sdpa_flash"),
+    ],
     ids=str,
 )
 def test_one_query_and_a_short_cache_are_not_worth_the_tables_of_flex_attention(changes, backend, measured, call):

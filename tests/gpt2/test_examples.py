@@ -74,7 +74,8 @@ def test_a_stop_leaves_no_process_and_no_folder_behind(number, tmp_path):
         assert process.stderr.readline().startswith("there is no GPU: ")
         assert process.stderr.read(4) == "tiny"
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-        while not (started := children.read_text().split()):
+        while len(started := children.read_text().split()) < 2:  # Python's own helper, and the one that measures
+            assert process.poll() is None
             time.sleep(0.05)
         process.send_signal(number)
         _, told = process.communicate(timeout=30)
@@ -145,7 +146,7 @@ def test_backends_train_alike_and_those_that_cannot_say_why(tokens, tmp_path):
     for row in ran:
         assert row["train_loss"] == pytest.approx(ran[0]["train_loss"], abs=1e-3)
         assert row["first_loss"] > row["train_loss"][-1]
-    assert "CUDA" in absent["reason"]
+    assert absent["reason"].startswith("attention backend 'flash_attention_2' cannot run")
     assert "Not measured: flash_attention_2" in printed
 
 

@@ -1,6 +1,7 @@
 import logging
 import sys
 from types import ModuleType
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -172,7 +173,7 @@ def test_a_loss_that_cannot_run_says_why(monkeypatch, caplog):
         linear_cross_entropy(*inputs(), VOCABULARY, "duck")
     assert "for bfloat16 and float16; the model computes in float64" in why_not("quack", "cuda", torch.float64, PADDED)
     assert "multiples of 8; got 50,257" in why_not("quack", "cuda", torch.bfloat16, 50257)
-    monkeypatch.setitem(sys.modules, "quack", None)
+    monkeypatch.setattr(quack, "import_module", Mock(side_effect=ModuleNotFoundError(name="quack")))
     quack._problem.cache_clear()
     module._announce.cache_clear()
     reason = "the package quack-kernels is not installed; it comes with flash-attn 4"

@@ -1,5 +1,6 @@
 import sys
 from types import ModuleType
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -79,8 +80,11 @@ def test_where_they_cannot_run_there_is_a_reason(monkeypatch):
     assert "got 44" in mlp.why_not("cuda", torch.bfloat16, 44, 176)
     assert not choose_kernels(tiny().config, 1, torch.device("cpu"), torch.bfloat16).fused_mlp
     quack._problem.cache_clear()
-    monkeypatch.setitem(sys.modules, "quack", None)
+    monkeypatch.setattr(quack, "import_module", Mock(side_effect=ModuleNotFoundError(name="quack")))
     assert "quack-kernels is not installed" in mlp.why_not("cuda", torch.bfloat16, 16, 64)
+    quack._problem.cache_clear()
+    monkeypatch.setattr(quack, "import_module", Mock(side_effect=ModuleNotFoundError(name="quack.gemm_interface")))
+    assert "lacks the module quack.gemm_interface" in mlp.why_not("cuda", torch.bfloat16, 16, 64)
     quack._problem.cache_clear()
 
 

@@ -42,7 +42,8 @@ ORDER = {
 }
 # FlexAttention skips what a mask hides; torch's other kernels get the mask as a tensor of Sq x Sk.
 MASKED_ORDER = {"cuda": (*_FLASH_ATTN, "flex_attention", *_SDPA, *LAST), "cpu": ORDER["cpu"]}
-# One query and a short cache: the tables that FlexAttention makes for each call take longer than the attention.
+# One query and a short cache: the tables that FlexAttention makes for each call take longer than the attention. In 16
+# bits standard attention would round every score.
 DECODING_FIRST = {"cuda": (*_FLASH_ATTN, "standard")}
 SHORT_CACHE = 1024
 NOT_MEASURED = "fixed order: nothing like it was measured"
@@ -108,7 +109,8 @@ def _candidates(spec: AttentionSpec) -> Iterator[tuple[str, str, bool]]:
             ranking = [name for name in cell.ranking if name in (_FLASH_ATTN if masked else backends.BACKENDS)]
             ranked = {name: source for name in ranking if may_lead(name, spec.seqlen_k, spec.head_dim)}
     order = (MASKED_ORDER if masked else ORDER).get(spec.device.type, LAST)
-    if spec.layout == "cache" and spec.seqlen_q == 1 and spec.seqlen_k <= SHORT_CACHE:
+    is_short = spec.seqlen_q == 1 and spec.seqlen_k <= SHORT_CACHE
+    if spec.layout == "cache" and is_short and masked and spec.dtype == torch.float32:
         order = (*DECODING_FIRST.get(spec.device.type, ()), *order)
     for name in order:
         ranked.setdefault(name, NOT_MEASURED)

@@ -106,7 +106,9 @@ def attention_qkvpacked(
         BackendUnavailable: the named backend cannot run this call; the message says why.
         UserError: no backend has this name; the message names the nearest.
     """
-    qkv, _, _ = _prepare(qkv, qkv, qkv)
+    if not isinstance(qkv, Tensor):
+        raise ValueError(f"qkv must be a tensor; got {_kind_of(qkv)}")
+    qkv, _, _ = _prepare(qkv, qkv[:0], qkv[:0])
     if qkv.ndim != 5 or qkv.shape[2] != 3:
         raise ValueError(f"qkv must be of shape [B, S, 3, H, D]; got {_kind_of(qkv)}")
     q, k, v = qkv.unbind(2)

@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -25,7 +24,7 @@ from flashlab.btc.train import make_module
 from flashlab.btc.windows import part_windows
 from flashlab.training.batches import EndlessBatches, Shuffled
 from flashlab.training.run import read_record
-from flashlab.worker import Worker, WorkerLost
+from flashlab.worker import Worker, WorkerLost, run_flashlab
 
 Contestant = Literal["published", "plain", "captured", "bare"]
 CONTEXT_LENGTH = 2048  # of the published loop
@@ -108,9 +107,9 @@ def _train(cell: Cell, data: str, steps: int, folder: Path) -> Row:
         "trainer.profile": "true",
         "run": run,
     }
-    command = [sys.executable, "-m", "flashlab", "train", *(f"--{key}={value}" for key, value in options.items())]
+    words = [f"--{key}={value}" for key, value in options.items()]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S)
+        done = run_flashlab("train", *words, timeout_s=LIMIT_S, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     except subprocess.TimeoutExpired:
         return {"status": "failed", "reason": f"took longer than {LIMIT_S:g} s"}
     if done.returncode:

@@ -25,15 +25,17 @@ def why_not(device: str, dtype: torch.dtype, features: int, hidden: int) -> str 
 
 
 def fused_mlp(x: Tensor, c_fc: nn.Linear, c_proj: nn.Linear) -> Tensor | None:
-    """Compute ``c_proj(gelu(c_fc(x)))`` with gradients, or return None where the kernels cannot run.
+    """Compute ``c_proj(gelu(c_fc(x)))``, or return None without gradients and where the kernels cannot run.
+
+    The layers give their weights; they are not called, nor are hooks on them.
 
     Args:
-        x: ``[..., W]``.
+        x: ``[..., N, W]``.
         c_fc: from W features to I.
         c_proj: from I features to W.
 
     Returns:
-        ``[..., W]`` in the dtype of autocast, if that is on.
+        ``[..., N, W]`` in the dtype of autocast, if that is on.
     """
     kind = x.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype

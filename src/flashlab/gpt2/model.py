@@ -228,8 +228,8 @@ class GPT(nn.Module):
             check_length(self.config, length)
             x = x + self.wpe(positions)
         x = self.dropout(x)
-        if not self.config.residual_in_fp32 and torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
+        if torch.is_autocast_enabled(x.device.type):  # fsdp gathers tables in 16 bits, others are in float32
+            x = x.to(torch.float32 if self.config.residual_in_fp32 else torch.get_autocast_dtype(x.device.type))
         rotation = rotation_of(positions, self.config.head_dim) if self.wpe is None else None
         recompute = self.config.activation_checkpointing and torch.is_grad_enabled()
         for index, block in enumerate(self.h):

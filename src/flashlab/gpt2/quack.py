@@ -32,7 +32,7 @@ def _problem(module: str) -> str | None:
         import_module(module)
     except ModuleNotFoundError as error:
         missing = error.name or ""
-        if module.startswith(missing):
+        if missing == module.partition(".")[0]:
             return "the package quack-kernels is not installed; it comes with flash-attn 4"
         return f"the package quack-kernels lacks the module {missing}"
     except Exception as error:  # made for another torch, it fails in its own ways

@@ -145,6 +145,7 @@ def train(
         "attention_backend": chosen.backend,
         "loss": chosen.loss,
         "fused_mlp": chosen.fused_mlp,
+        "residual_in_fp32": chosen.residual_in_fp32,
         "compiled": compiled,
         "tokens_per_step": tokens_per_step,
         "accumulated": accumulated,
