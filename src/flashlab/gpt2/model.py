@@ -148,7 +148,7 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.config = config
-        with torch.device("meta"):  # torch would first draw weights of its own, which takes five times as long
+        with torch.device("meta"):  # torch would first draw weights of its own, which are not wanted
             self.wte = nn.Embedding(config.padded_vocab_size, config.n_embd)
             self.wpe = nn.Embedding(config.block_size, config.n_embd) if config.position == "learned" else None
             self.dropout = nn.Dropout(config.dropout)
