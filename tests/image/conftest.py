@@ -45,12 +45,14 @@ def _docker(*arguments: Any, check: bool = True, timeout: float = 120, **options
 
 
 @pytest.fixture(scope="session", autouse=True)
-def engine() -> None:
-    """Skip everything here where no Docker Engine answers."""
+def engine() -> Iterator[None]:
+    """Skip everything here where no Docker Engine answers; in the end remove the images that newer ones replaced."""
     if not shutil.which("docker"):
         pytest.skip("no docker command is here")
     if (ran := _docker("info", check=False)).returncode:
         pytest.skip(f"no Docker Engine answers: {ran.stderr.strip().splitlines()[-1]}")
+    yield
+    _docker("image", "prune", "--force", "--filter", "label=org.opencontainers.image.title=FlashLab")
 
 
 @pytest.fixture(scope="session")

@@ -34,11 +34,10 @@ class KeyValueCache:
     """
 
     def __init__(self, config: GPTConfig, batch_size: int, places: int, device: torch.device, dtype: torch.dtype):
-        shape = (batch_size, places, config.n_head, config.head_dim)
-        self.layers = [
-            (torch.zeros(shape, device=device, dtype=dtype), torch.zeros(shape, device=device, dtype=dtype))
-            for _ in range(config.n_layer)
-        ]
+        shape = (config.n_layer, 2, batch_size, config.n_head, places, config.head_dim)
+        # A head's places lie side by side: products by matrix would copy the cache otherwise.
+        held = torch.zeros(shape, device=device, dtype=dtype).transpose(3, 4)
+        self.layers = [(keys, values) for keys, values in held]
         self.seqlens = torch.zeros(batch_size, device=device, dtype=torch.int32)
 
 
