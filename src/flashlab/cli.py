@@ -14,9 +14,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import is_dataclass
 from importlib import import_module
 from itertools import takewhile
+from pathlib import Path
 from typing import Any, NoReturn, get_args, get_origin
 
 import docstring_parser
+import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
 
 from flashlab import __version__
@@ -44,6 +46,24 @@ COMMANDS = {
     "report": ("flashlab.report:report", "draw and write the report of an evaluated run or of a sweep"),
     "results": ("flashlab.results:results", "write the result files' numbers into README.md and docs"),
 }
+
+
+class ConfigFile(ActionConfigFile):
+    """A YAML file of options, whose mistakes are told by its name; one that is empty has none."""
+
+    def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
+        try:
+            content = yaml.safe_load(Path(values).read_text(encoding="utf-8"))
+        except (UnicodeDecodeError, yaml.YAMLError) as error:
+            raise UserError(f"--config {values} is no YAML ({' '.join(str(error).split())}); mend it") from error
+        except OSError:  # of which the parser says as much
+            pass
+        else:
+            if content is None:
+                return
+            if not isinstance(content, dict):
+                raise UserError(f"--config {values} must hold options, and holds {str(content)[:60]}")
+        super().__call__(parser, cfg, values, option_string)
 
 
 class Parser(ArgumentParser):
@@ -78,15 +98,21 @@ def _run(argv: list[str]) -> int | None:
 
 
 def reported(command: Callable[[], int | None]) -> int:
-    """Call a command; what it raises for a user's mistake becomes one line, and Ctrl-C another.
+    """Call a command; what it raises for a user's mistake becomes one line, and a stop by Ctrl-C or SIGTERM another.
 
     Returns:
         The exit code, as `main`.
     """
     try:
-        return command() or 0
+        with terminable():
+            return command() or 0
     except UserError as error:
         print(f"flashlab: error: {error}", file=sys.stderr)
+        return 2
+    except PermissionError as error:  # already to ask whether a path exists may be forbidden
+        if error.filename is None:
+            raise
+        print(f"flashlab: error: {error.filename}: {error.strerror}; check its permissions", file=sys.stderr)
         return 2
     except KeyboardInterrupt as error:
         print("flashlab: interrupted", file=sys.stderr)
@@ -94,9 +120,8 @@ def reported(command: Callable[[], int | None]) -> int:
 
 
 def script(command: Callable[[], int | None]) -> NoReturn:
-    """Run a script of examples/ to its exit code: as `reported`, and SIGTERM ends it as Ctrl-C does."""
-    with terminable():
-        sys.exit(reported(command))
+    """Run a script of examples/ to its exit code, as `reported` gives it."""
+    sys.exit(reported(command))
 
 
 def load(name: str) -> Callable[..., int | None]:
@@ -112,7 +137,7 @@ def build_parser(name: str, command: Callable[..., Any]) -> Parser:
     has a default); all others are options.
     """
     parser = Parser(prog=f"flashlab {name}", description=(inspect.getdoc(command) or "").split("\n\nArgs:")[0])
-    parser.add_argument("--config", action=ActionConfigFile, help="YAML file with any of these options; repeatable")
+    parser.add_argument("--config", action=ConfigFile, help="YAML file with any of these options; repeatable")
     parser.add_function_arguments(command, as_positional=False, skip=set(positional := _positionals(command)))
     help_lines = {param.arg_name: param.description for param in docstring_parser.parse(command.__doc__).params}
     for parameter in positional.values():
@@ -153,13 +178,13 @@ def _complete_flags(command: Callable[..., Any], argv: list[str]) -> list[str]:
 
 
 def _overview(argv: list[str]) -> int:
-    """Answer `flashlab`, `--help`, `--version`, and a command that does not exist."""
+    """Answer `flashlab`, `--help`, `--version`, the first word of several commands, and what is no command."""
     if argv == ["--version"]:
         print(__version__)
         return 0
-    asked = " ".join(argument for argument in argv if not argument.startswith("-"))
-    listed = {name: summary for name, (_, summary) in COMMANDS.items() if name.startswith(asked)}
-    if asked and not listed:
+    asked = " ".join(argument for argument in argv if argument not in ("--help", "-h"))
+    listed = {name: summary for name, (_, summary) in COMMANDS.items() if f"{name} ".startswith(f"{asked} ".lstrip())}
+    if not listed:
         nearest = difflib.get_close_matches(asked, COMMANDS, n=1, cutoff=0.0)[0]
         raise UserError(f"no command {asked!r}; did you mean `flashlab {nearest}`? (`flashlab --help` lists them)")
     width = max(map(len, listed))

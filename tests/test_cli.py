@@ -1,0 +1,55 @@
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from flashlab.cli import main, reported
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        (b"\xff\xfe", "is no YAML ('utf-8' codec can't decode byte 0xff"),
+        (b"data: [1,", "is no YAML (while parsing a flow"),
+        (b"# nothing", "no/such is not a token set"),
+        (b"- 1", "must hold options, and holds [1]"),
+    ],
+)
+def test_a_configuration_that_is_none_is_told_by_its_name(content, complaint, tmp_path, capsys):
+    (tmp_path / "wrong.yaml").write_bytes(content)
+    (tmp_path / "right.yaml").write_text("seed: 1")
+    files = [word for name in ("right", "wrong") for word in ("--config", str(tmp_path / f"{name}.yaml"))]
+    assert main(["gpt2", "train", *files, "--data.path", "no/such"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert complaint in line
+
+
+@pytest.mark.parametrize(
+    ("words", "code"), [([], 0), (["data"], 0), (["gpt2", "--help"], 0), (["dat"], 2), (["-x"], 2)]
+)
+def test_what_is_no_command_is_not_taken_for_help(words, code, capsys):
+    assert main(words) == code
+    assert ("did you mean" in capsys.readouterr().err) == (code == 2)
+
+
+def test_a_path_that_may_not_be_looked_at_is_one_line(capsys):
+    def command():
+        raise PermissionError(13, "Permission denied", "/secret/bars.csv")
+
+    assert reported(command) == 2
+    assert capsys.readouterr().err == "flashlab: error: /secret/bars.csv: Permission denied; check its permissions\n"
+
+
+def test_a_stop_leaves_nothing_behind(tmp_path):
+    """SIGTERM as well as Ctrl-C."""
+    command = [sys.executable, "-m", "flashlab", "data", "simulate", "--out", str(tmp_path / "bars.csv.gz")]
+    for number in (signal.SIGINT, signal.SIGTERM):
+        with subprocess.Popen([*command, "--days", "5000"], stderr=subprocess.PIPE, text=True) as process:
+            while not any(tmp_path.iterdir()):
+                assert process.poll() is None
+            process.send_signal(number)
+            assert process.stderr
+            assert process.stderr.read().splitlines()[-1] == "flashlab: interrupted"
+        assert process.returncode == 128 + number
+        assert list(tmp_path.iterdir()) == []
