@@ -3,11 +3,13 @@
 import errno
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from socket import gethostname
 from types import FrameType
+from typing import TextIO
 
 from filelock import FileLock, Timeout
 
@@ -111,3 +113,20 @@ def write_text(path: Path, text: str) -> None:
     """Write a text as `replacing` does."""
     with replacing(path) as partial:
         partial.write_text(text, encoding="utf-8")
+
+
+def print_now(text: str, *, end: str = "\n", file: TextIO | None = None) -> bool:
+    """Print at once; say whether somebody still reads. Once nobody does (`| head`), nothing is printed any more.
+
+    Raises:
+        UserError: what is printed cannot be written, as to a full disk.
+    """
+    file = file or sys.stdout
+    try:
+        print(text, end=end, file=file, flush=True)
+        return True
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())  # for what Python flushes as it ends
+        if isinstance(error, BrokenPipeError):
+            return False
+        raise UserError(f"cannot write standard output: {error.strerror}; redirect it elsewhere") from error

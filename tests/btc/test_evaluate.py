@@ -126,7 +126,11 @@ def test_the_published_protocol_is_scored_on_its_windows(tmp_path):
     ("spoil", "options", "complaint"),
     [
         (lambda run: shutil.rmtree(run / "checkpoints"), [], "best.ckpt does not exist: no validation"),
-        (lambda run: None, ["--checkpoint", "other.ckpt"], "other.ckpt does not exist: no validation"),
+        (
+            lambda run: None,
+            ["--checkpoint", "other.ckpt"],
+            "the checkpoints there are best.ckpt, last.ckpt",
+        ),
         (lambda run: (run / "checkpoints" / "best.ckpt").write_bytes(b"PK"), [], "best.ckpt cannot be loaded"),
         (lambda run: (run / "checkpoints" / "best.ckpt").write_bytes(b""), [], "best.ckpt cannot be loaded"),
         (lambda run: (run / "config.yaml").unlink(), [], "is not a run"),

@@ -346,7 +346,11 @@ def change_weights(run, change):
     ("spoil", "options", "complaint"),
     [
         (lambda run: shutil.rmtree(run / "checkpoints"), [], "best.ckpt does not exist: no validation"),
-        (lambda run: None, ["--checkpoint", "other.ckpt"], "other.ckpt does not exist: no validation"),
+        (
+            lambda run: None,
+            ["--checkpoint", "other.ckpt"],
+            "the checkpoints there are best.ckpt, last.ckpt",
+        ),
         (lambda run: (run / "checkpoints" / "best.ckpt").write_bytes(b"PK"), [], "best.ckpt cannot be loaded"),
         (lambda run: (run / "config.yaml").unlink(), [], "is not a run"),
         (lambda run: (run / "config.yaml").write_text("data: {path: x"), [], "config.yaml is damaged"),

@@ -248,6 +248,9 @@ def stopped(train, tmp_path, monkeypatch, capsys):
         ("--model.position rotary", "was trained with model.position learned, this asks for rotary"),
         ("--optimizer.lr 0.02", "was trained with optimizer.lr 0.003, this asks for 0.02"),
         ("--trainer.devices 2 --trainer.strategy fsdp --data.batch_size 2", "trainer.strategy ddp, this asks for fsdp"),
+        ("--trainer.global_batch_tokens 512", "trainer.tokens_per_step 256, this asks for 512"),
+        ("--seed 7", "was trained with seed 0, this asks for 7; resume with"),
+        ("--trainer.max_steps 5", "last.ckpt is at step 6, and the run is to end at step 5; ask for more"),
     ],
 )
 def test_a_checkpoint_of_another_shape(train, stopped, options, complaint, capsys):
@@ -344,6 +347,31 @@ def test_a_logger_whose_package_is_missing_is_one_line(train, tmp_path, capsys):
     assert train(tmp_path / "run", "--logger.name", "WandbLogger") == 2
     assert "--logger.name WandbLogger does not start: " in only_line(capsys)
     assert not (tmp_path / "run").exists()
+
+
+def test_it_validates_after_the_last_step_too(reference):
+    assert len(curves(reference)["val/loss"]) == len([4, 8, 12, 16, 20, 22])
+
+
+def test_a_reader_that_goes_away_does_not_end_training(token_set, tmp_path):
+    command = [sys.executable, "-m", "flashlab", "gpt2", "train", "--data.path", token_set, *TINY.split()]
+    with subprocess.Popen(
+        [*map(str, command), "--run", str(tmp_path / "run")], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout
+        assert process.stderr
+        assert "22 steps" in process.stdout.readline()
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 0
+    assert json.loads((tmp_path / "run/run.json").read_text())["finished"]["steps"] == 22
+
+
+def test_a_compiler_that_is_missing_is_named(train, tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    assert train(tmp_path / "run", "--trainer.compile", "true") == 2
+    assert "--trainer.compile true cannot run here: torch.compile finds no C++ compiler" in only_line(capsys)
 
 
 def test_early_stopping_is_asked_for(train, tmp_path):

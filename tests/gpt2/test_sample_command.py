@@ -248,7 +248,7 @@ def test_a_run_of_byte_pairs_is_exported_with_its_vocabulary(vocabulary, tmp_pat
         (["--seed", "-1"], "seed"),
         (["--num_samples", "0"], "num_samples"),
         (["--backend", "flash"], "flash"),
-        (["--checkpoint", "other.ckpt"], "other.ckpt"),
+        (["--checkpoint", "other.ckpt"], "other.ckpt does not exist; the checkpoints there are best.ckpt"),
         (["--vocabulary", "vocabulary"], "a run has its tokenizer"),
     ],
     ids=lambda value: "" if isinstance(value, str) else " ".join(map(str, value))[:30],
@@ -262,6 +262,10 @@ def test_what_cannot_be_sampled_is_one_line_and_nothing_is_printed(arguments, co
 )
 def test_a_run_that_is_not_there_is_named(arguments, capsys):
     assert "runs/none: there is no such folder; name a run" in refused(capsys, *arguments)
+
+
+def test_a_folder_that_is_no_run_is_not_sent_to_be_trained_in(token_set, capsys):
+    assert f"{token_set} is not a run of `flashlab gpt2 train`" in refused(capsys, "sample", token_set)
 
 
 def test_a_prompt_that_is_no_text_is_refused(run, tmp_path, capsys):

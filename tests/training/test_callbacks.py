@@ -3,7 +3,7 @@ from types import SimpleNamespace
 import pytest
 
 from flashlab.training import callbacks
-from flashlab.training.callbacks import Speed
+from flashlab.training.callbacks import Checkpoints, Speed, Stopped
 
 
 @pytest.fixture
@@ -13,13 +13,14 @@ def run(monkeypatch):
     def steps(speed, count=40):
         now, logged = [0.0], []
         monkeypatch.setattr(callbacks, "perf_counter", lambda: now[0])
-        trainer, module = SimpleNamespace(global_step=0, log_every_n_steps=5), SimpleNamespace(log_dict=logged.append)
+        logger = SimpleNamespace(log_metrics=lambda rates, step: logged.append(rates))
+        trainer = SimpleNamespace(global_step=0, log_every_n_steps=5, loggers=[logger])
         speed.on_train_start(trainer)
         now[0] += 90.0  # compiling
         for step in range(1, count + 1):
             now[0] += 0.1
             trainer.global_step = step
-            speed.on_train_batch_end(trainer, module)
+            speed.on_train_batch_end(trainer)
             if step == 20:
                 speed.on_validation_start()
                 now[0] += 60.0
@@ -47,3 +48,20 @@ def test_a_run_of_few_steps_has_no_speed(run):
     assert run(speed := Speed("tokens", 512), count=10)
     assert speed.summary() == {}
     assert Speed("tokens", 512).latest() == {}
+
+
+def test_processes_that_agree_to_stop_before_a_validation_stop_after_it(monkeypatch, tmp_path):
+    """At a step that validates none is saved, and at others they may not ask each other."""
+    monkeypatch.setattr(Checkpoints, "_require_finite", lambda *_: None)
+    monkeypatch.setattr(Checkpoints, "_save", lambda *_: None)
+    checkpoints = Checkpoints(tmp_path, 1000, None)
+    strategy = SimpleNamespace(reduce_boolean_decision=lambda stop, all: stop)
+    trainer = SimpleNamespace(
+        max_steps=30, val_check_interval=10, log_every_n_steps=10, world_size=2, strategy=strategy, should_stop=False
+    )
+    checkpoints.signal = 15
+    for trainer.global_step in range(1, 11):
+        checkpoints.on_train_batch_end(trainer, None)
+    trainer.global_step = 11
+    with pytest.raises(Stopped):
+        checkpoints.on_train_batch_end(trainer, None)

@@ -2,7 +2,6 @@
 
 import gzip
 import io
-import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -22,7 +21,7 @@ from flashlab.btc.model import CLOSE, PRICES, VOLUME, WARM_UP, Forecaster
 from flashlab.btc.module import load_forecaster
 from flashlab.btc.stream import Stream
 from flashlab.btc.windows import rolling_windows
-from flashlab.errors import UserError, replacing
+from flashlab.errors import UserError, print_now, replacing
 from flashlab.training.callbacks import BEST
 from flashlab.training.run import read_record
 
@@ -153,7 +152,7 @@ def _predict_stream(stream: Stream, max_gap: int | None, to_rows: Callable[[np.n
         if reported >= WARM_UP:
             minutes, log_bars = map(np.array, zip(*forecasts, strict=True))
             text = to_rows(minutes + 1, log_bars)
-            if not _printed(text if printed else f"{HEADER}\n{text}"):
+            if not print_now(text if printed else f"{HEADER}\n{text}", end=""):
                 return 128 + signal.SIGPIPE
             printed += len(forecasts)
     if not printed:
@@ -168,18 +167,6 @@ def _standard_input() -> Iterator[bytes]:
         yield from iter(lambda: sys.stdin.buffer.readline(HEAD_BYTES), b"")
     except OSError as error:
         raise UserError(f"cannot read standard input: {error.strerror}; pipe a CSV into it, or name a file") from error
-
-
-def _printed(text: str) -> bool:
-    """Print at once; say whether somebody still reads."""
-    try:
-        print(text, end="", flush=True)
-    except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes as it ends
-        if isinstance(error, BrokenPipeError):
-            return False
-        raise UserError(f"cannot write standard output: {error.strerror}; redirect it elsewhere") from error
-    return True
 
 
 def _warn(message: str) -> None:

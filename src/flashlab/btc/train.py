@@ -129,7 +129,7 @@ def train(
     module.captured = captured
     for block in module.forecaster.blocks:
         block.backend = backend  # type: ignore[assignment]
-    checkpoint = this.last_good_checkpoint(module, BarsDataModule, "bars") if resume else None
+    checkpoint = this.last_good_checkpoint(module, datamodule, "bars") if resume else None
     facts = {
         "parameters": sum(parameter.numel() for parameter in module.parameters()),
         "attention_backend": backend,

@@ -21,7 +21,7 @@ from flashlab.gpt2.data import Blocks, OrderedBatches, ShuffledShards
 from flashlab.gpt2.loss import IGNORED
 from flashlab.gpt2.model import GPT
 from flashlab.gpt2.options import OptimizerConfig
-from flashlab.gpt2.tokenizer import VOCABULARY, BytePairTokenizer, ByteTokenizer, Tokenizer
+from flashlab.gpt2.tokenizer import VOCABULARY, Tokenizer, reload_tokenizer
 from flashlab.training.batches import ResumedData, loader
 from flashlab.training.callbacks import BEST
 from flashlab.training.run import loading
@@ -71,7 +71,8 @@ class GPTModule(LightningModule):
         super().__init__()
         self.automatic_optimization = False
         kept = {"model": asdict(config), "optimizer": asdict(optimizer), "tokenizer": tokenizer, "tokens": tokens}
-        self.save_hyperparameters(kept | {"trainer": {"strategy": strategy}}, logger=False)
+        how = {"strategy": strategy, "tokens_per_step": tokens_per_step}
+        self.save_hyperparameters(kept | {"trainer": how}, logger=False)
         self.gpt = GPT(chosen)
         self.config, self.strategy, self.compiled = optimizer, strategy, compiled
         self.batch_size, self.max_steps, self.tokens_per_step = batch_size, max_steps, tokens_per_step
@@ -207,17 +208,15 @@ def load_gpt(run: Path, checkpoint: str = BEST) -> tuple[GPT, Tokenizer]:
             raise UserError(f"{path} was not written by `flashlab gpt2 train`; give the folder of a run of that")
         described = kept["hyper_parameters"]["tokenizer"]
         how = {"backend": "auto", "loss": "auto", "activation_checkpointing": False, "dropout": 0.0}
-        model = GPT(GPTConfig(**kept["hyper_parameters"]["model"] | how))
+        with torch.device("meta"):  # no weights are drawn, to be replaced at once
+            model = GPT(GPTConfig(**kept["hyper_parameters"]["model"] | how))
         weights = {name.removeprefix("gpt."): weight for name, weight in kept["state_dict"].items()}
-        model.load_state_dict(weights)
-    tokenizer: Tokenizer = ByteTokenizer()
-    if described["name"] != tokenizer.name:
-        vocabulary = run / VOCABULARY
-        try:
-            tokenizer = BytePairTokenizer.from_tiktoken(vocabulary.read_bytes(), str(vocabulary))
-        except OSError as error:
-            raise UserError(
-                f"cannot read {vocabulary}: {error.strerror}; copy it from the token set that the run was trained on"
-            ) from error
-    tokenizer.require(described, str(path))
+        model.load_state_dict(weights, assign=True)
+    vocabulary = run / VOCABULARY
+    try:
+        tokenizer = reload_tokenizer(described, vocabulary.read_bytes, str(vocabulary), of=str(path))
+    except OSError as error:
+        raise UserError(
+            f"cannot read {vocabulary}: {error.strerror}; copy it from the token set that the run was trained on"
+        ) from error
     return model.eval(), tokenizer

@@ -7,7 +7,7 @@ import signal
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from itertools import takewhile
+from itertools import chain, takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,7 +16,7 @@ from jsonargparse.typing import PositiveInt, restricted_number_type
 from rich.console import Console
 from rich.progress import track
 
-from flashlab.errors import UserError, write_text
+from flashlab.errors import UserError, print_now, write_text
 from flashlab.gpt2 import huggingface
 from flashlab.gpt2.model import GPT, CausalSelfAttention
 from flashlab.gpt2.module import load_gpt
@@ -64,8 +64,8 @@ def sample(
         seed: of the draws.
         checkpoint: file under RUN/checkpoints.
         backend: attention backend; auto takes the best that can run.
-        vocabulary: of a folder in Hugging Face's format, if it holds none itself: a folder with vocab.bpe and
-            encoder.json (merges.txt and vocab.json), or a .tiktoken file; otherwise GPT-2's is downloaded once.
+        vocabulary: of a folder in Hugging Face's format: a folder with vocab.bpe and encoder.json (merges.txt and
+            vocab.json), or a .tiktoken file; by default the folder's own, or if it has none GPT-2's, downloaded once.
 
     Raises:
         UserError: there is no such run or checkpoint, the prompt cannot be read or is too long, an option is out of
@@ -204,15 +204,6 @@ def _print_all(first: str, pieces: Iterator[str]) -> bool:
     """Print pieces at once as they come, and a line end behind them; say whether somebody still reads."""
     first += next(pieces)  # what cannot be computed here says so before anything is printed
     try:
-        try:
-            print(first, end="", flush=True)
-            for piece in pieces:
-                print(piece, end="", flush=True)
-        finally:
-            print(flush=True)
-    except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes as it ends
-        if isinstance(error, BrokenPipeError):
-            return False
-        raise UserError(f"cannot write standard output: {error.strerror}; redirect it elsewhere") from error
-    return True
+        return all(print_now(piece, end="") for piece in chain([first], pieces))
+    finally:
+        print_now("")

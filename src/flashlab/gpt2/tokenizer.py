@@ -7,7 +7,7 @@ import base64
 import hashlib
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -92,6 +92,25 @@ class Tokenizer(ABC):
                 f"fingerprint {described['fingerprint'][:8]}), not with {self.name} ({self.vocab_size:,}, "
                 f"{self.fingerprint[:8]}); give that one, or prepare the set anew"
             )
+
+
+def reload_tokenizer(described: dict[str, Any], read: Callable[[], bytes], vocabulary: str, of: str) -> Tokenizer:
+    """Return the tokenizer that something was made with.
+
+    Args:
+        described: what its `describe` said.
+        read: gives the vocabulary that was kept, if there is one to it.
+        vocabulary: where that is.
+        of: what was made with it.
+
+    Raises:
+        UserError: the vocabulary is damaged or another one, or tiktoken is not installed.
+    """
+    tokenizer: Tokenizer = ByteTokenizer()
+    if described["name"] != tokenizer.name:
+        tokenizer = BytePairTokenizer.from_tiktoken(read(), vocabulary)
+    tokenizer.require(described, of)
+    return tokenizer
 
 
 class ByteTokenizer(Tokenizer):

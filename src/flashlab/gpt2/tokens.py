@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 
 from flashlab.errors import UserError, write_text
-from flashlab.gpt2.tokenizer import VOCABULARY, BytePairTokenizer, ByteTokenizer, Tokenizer
+from flashlab.gpt2.tokenizer import VOCABULARY, Tokenizer, reload_tokenizer
 from flashlab.object_storage import open_storage
 
 SCHEMA_VERSION = 1
@@ -70,12 +70,10 @@ class TokenSet:
         Raises:
             UserError: the vocabulary is missing or damaged, or tiktoken is not installed.
         """
-        tokenizer: Tokenizer = ByteTokenizer()
-        if self.manifest["tokenizer"]["name"] != tokenizer.name:
-            name = f"{self.manifest['folder']}/{VOCABULARY}"
-            tokenizer = BytePairTokenizer.from_tiktoken(self.read(name), f"{self.path}/{name}")
-        tokenizer.require(self.manifest["tokenizer"], self.path)
-        return tokenizer
+        name = f"{self.manifest['folder']}/{VOCABULARY}"
+        return reload_tokenizer(
+            self.manifest["tokenizer"], lambda: self.read(name), f"{self.path}/{name}", of=self.path
+        )
 
 
 def open_set(path: str | Path, tokenizer: Tokenizer | None = None, *, verify: bool = False) -> TokenSet:

@@ -23,7 +23,14 @@ from flashlab.gpt2.tokenizer import VOCABULARY
 from flashlab.gpt2.tokens import TokenSet, open_set
 from flashlab.training.callbacks import Checkpoints, Speed
 from flashlab.training.run import Run, plain
-from flashlab.training.trainer import choose_accelerator, choose_precision, make_trainer, quieten, why_not_compiled
+from flashlab.training.trainer import (
+    choose_accelerator,
+    choose_precision,
+    make_trainer,
+    quieten,
+    why_no_compiler,
+    why_not_compiled,
+)
 from flashlab.training.world import TIMEOUT, choose_size
 
 if TYPE_CHECKING:
@@ -127,9 +134,6 @@ def train(
         compiled=compiled,
         seed=seed,
     )
-    checkpoint = this.last_good_checkpoint(module, TokensDataModule, "tokens", COMPUTED) if resume else None
-    if init is not None and checkpoint is None:
-        huggingface.load(module.gpt, init)
     datamodule = TokensDataModule(
         blocks,
         val_blocks,
@@ -140,6 +144,9 @@ def train(
         seed=seed,
         num_workers=0 if tokens.is_local else 1,
     )
+    checkpoint = this.last_good_checkpoint(module, datamodule, "tokens", COMPUTED) if resume else None
+    if init is not None and checkpoint is None:
+        huggingface.load(module.gpt, init)
     facts = {
         "parameters": num_parameters(shape),
         "attention_backend": chosen.backend,
@@ -176,8 +183,7 @@ def train(
         this.say(
             f"{run}: {num_parameters(shape):,} parameters, {max_steps:,} steps of {tokens_per_step:,} tokens on "
             f"{world_size} {accelerator} (attention {chosen.backend}, loss {chosen.loss}; "
-            f"{why_not or 'compiled'}){f', resumed from {checkpoint}' if checkpoint else ''}",
-            flush=True,
+            f"{'compiled' if compiled else why_not}){f', resumed from {checkpoint}' if checkpoint else ''}"
         )
         started = time.perf_counter()
         if code := this.fit(lightning, module, datamodule, checkpoints, checkpoint):
@@ -191,12 +197,12 @@ def _choose_compile(trainer: TrainerConfig, accelerator: str) -> tuple[bool, str
     """Say whether the model is compiled, and if not why."""
     if trainer.compile is False:
         return False, "not compiled"
-    why_not = why_not_compiled(accelerator)
-    if trainer.compile is True:
-        if accelerator == "gpu" and why_not:
-            raise UserError(f"--trainer.compile true cannot run here: {why_not}; leave it at auto")
-        return True, ""
-    return why_not is None, f"not compiled: {why_not}" if why_not else ""
+    if trainer.compile == "auto":
+        why_not = why_not_compiled(accelerator)
+        return why_not is None, f"not compiled: {why_not}"
+    if why_not := why_no_compiler(accelerator):
+        raise UserError(f"--trainer.compile true cannot run here: {why_not}; leave it at auto")
+    return True, ""
 
 
 def _strategy(name: str, world_size: int) -> Any:

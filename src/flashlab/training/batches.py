@@ -21,6 +21,7 @@ class Order(ABC):
     """In which order the items of a data set come, epoch for epoch."""
 
     num_items: int
+    seed: int
 
     @abstractmethod
     def items(self, epoch: int, places: np.ndarray) -> list[int]:
@@ -99,15 +100,15 @@ class ResumedData(LightningDataModule):
 
     def __init__(self, order: Order, batch_size: int, num_steps: int) -> None:
         super().__init__()
-        self._order, self._batch_size, self._num_steps = order, batch_size, num_steps
+        self.order, self.num_steps, self._batch_size = order, num_steps, batch_size
         self._began = {"step": 0, "item": 0}
 
     def train_batches(self) -> EndlessBatches:
         """Return what is left of the run, for this process."""
         return EndlessBatches(
-            self._order,
+            self.order,
             self._batch_size,
-            self._num_steps,
+            self.num_steps,
             rank=self._trainer.global_rank,
             world_size=self._trainer.world_size,
             start_step=self._began["step"],
@@ -118,7 +119,7 @@ class ResumedData(LightningDataModule):
         """Say how far the items were dealt out: by how many processes may be another thing each time."""
         step = self._trainer.global_step
         dealt = (step - self._began["step"]) * self._batch_size * self._trainer.world_size
-        return {"step": step, "item": self._began["item"] + dealt}
+        return {"step": step, "item": self._began["item"] + dealt, "seed": self.order.seed}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
         self._began = state_dict

@@ -3,6 +3,7 @@
 import io
 import os
 import signal
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from statistics import fmean
@@ -15,7 +16,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-from flashlab.errors import UserError, writing
+from flashlab.errors import UserError, print_now, writing
 
 BEST, LAST, PREVIOUS = "best.ckpt", "last.ckpt", "previous.ckpt"
 LINE_EVERY_S = 10.0
@@ -88,7 +89,8 @@ class ProgressLines(Callback):
             if done > 1:
                 seconds = (trainer.max_steps - step) / (done - 1) * (now - self._started)
                 told.append(f", {timedelta(seconds=round(seconds))} left")
-            print(f"step {step:,} of {trainer.max_steps:,}{''.join(told)}", flush=True)
+            with suppress(UserError):  # training does not end because nobody can be told
+                print_now(f"step {step:,} of {trainer.max_steps:,}{''.join(told)}")
 
 
 class Speed(Callback):
@@ -115,7 +117,7 @@ class Speed(Callback):
     def on_validation_start(self, *args: Any) -> None:
         self._since = None
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
         step = trainer.global_step
         if step < self._first or step % trainer.log_every_n_steps:  # type: ignore[attr-defined]
             return
@@ -126,7 +128,9 @@ class Speed(Callback):
             since, then = self._since
             ms = 1e3 * (now - then) / (step - since)
             self.ms_per_step.append(ms)
-            pl_module.log_dict({f"train/{name}": value for name, value in self._rates(ms).items()})
+            rates = {f"train/{name}": value for name, value in self._rates(ms).items()}
+            for logger in trainer.loggers:  # `log_dict` would repeat them where nothing was measured
+                logger.log_metrics(rates, step - 1)  # as Lightning counts
         self._since = step, now
 
     def summary(self) -> dict[str, float]:
@@ -156,7 +160,7 @@ class Stopped(Exception):  # noqa: N818 - not an error
 
 
 class Checkpoints(Callback):
-    """Write last.ckpt every N steps, at the end, and when SIGTERM or SIGINT asks to stop.
+    """Write last.ckpt every N steps, at the end, and when SIGTERM or SIGINT asks to stop; validate after the last step.
 
     Never at a step that is followed by a validation: a run resumed there would leave the validation out, and with it
     what depends on its loss. Never with weights that are not finite.
@@ -165,6 +169,7 @@ class Checkpoints(Callback):
     def __init__(self, run: Path, every_n_steps: int, resumed_from: Path | None) -> None:
         self.run, self.every_n_steps = run, every_n_steps
         self.signal: int | None = None
+        self._stops = False  # which all processes know
         self._saved_at = 0
         self._last_is_good = resumed_from is None or resumed_from.name == LAST
 
@@ -182,17 +187,20 @@ class Checkpoints(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         step = trainer.global_step
-        validates = step % trainer.val_check_interval == 0
+        ends = step == trainer.max_steps
+        validates = ends or step % trainer.val_check_interval == 0
         logs = step % trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
-        stop = self.signal is not None
-        if trainer.world_size > 1:  # they stop together; asking each other at every step would hold the GPUs up
-            stop = (logs or validates) and trainer.strategy.reduce_boolean_decision(stop, all=False)
-        save = (stop or step - self._saved_at >= self.every_n_steps) and not validates and step < trainer.max_steps
+        if trainer.world_size == 1:
+            self._stops = self.signal is not None
+        elif logs or validates:  # they stop together; asking each other at every step would hold the GPUs up
+            self._stops |= trainer.strategy.reduce_boolean_decision(self.signal is not None, all=False)
+        trainer.should_stop |= ends  # Lightning validates before it stops
+        save = (self._stops or step - self._saved_at >= self.every_n_steps) and not validates
         if save or validates or logs:
             self._require_finite(trainer, pl_module)
         if save:
             self._save(trainer)
-            if stop:
+            if self._stops:
                 raise Stopped
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -7,10 +7,10 @@ import threading
 import time
 import warnings
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TextIO, TypeVar
 
 import torch
 import yaml
@@ -20,9 +20,10 @@ from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch.distributed import is_torchelastic_launched
 
-from flashlab.errors import UserError, alone_in, write_text, writing
+from flashlab.errors import UserError, alone_in, print_now, write_text, writing
 from flashlab.machine import git_commit, identify
-from flashlab.training.callbacks import LAST, PREVIOUS, Checkpoints, Speed, Stopped
+from flashlab.training.batches import ResumedData
+from flashlab.training.callbacks import BEST, LAST, PREVIOUS, Checkpoints, Speed, Stopped
 from flashlab.training.world import lost_peers
 
 Section = TypeVar("Section")
@@ -56,10 +57,11 @@ class Run:
             raise UserError(f"{folder} holds a run already; add --resume to continue it, or choose another --run")
         return cls(folder, exists, is_first)
 
-    def say(self, *words: Any, **how: Any) -> None:
-        """Print, in one of the processes."""
+    def say(self, text: str, *, file: TextIO | None = None) -> None:
+        """Print a line, in one of the processes."""
         if self.is_first:
-            print(*words, **how)
+            with suppress(UserError):  # training does not end because nobody can be told
+                print_now(text, file=file)
 
     def is_trained(self, trained_on: Any, shape: Any, mistaken: str) -> bool:
         """Say whether the run has ended by itself.
@@ -83,35 +85,46 @@ class Run:
         return True
 
     def last_good_checkpoint(
-        self, module: LightningModule, data_module: type, data: str, ignored: Collection[str] = ()
+        self, module: LightningModule, data: ResumedData, read: str, ignored: Collection[str] = ()
     ) -> Path | None:
-        """Find the newest checkpoint that loads, and make sure that it is of this module.
+        """Find the newest checkpoint that loads, and make sure that it is of this module, data and seed.
 
         Args:
             module: its hyper-parameters must be those of the checkpoint: sections of options, or facts of the data.
-            data_module: whose state must be there.
-            data: what the data are called.
+            data: what it is to be trained on.
+            read: what these are called.
             ignored: options that change nothing in a checkpoint.
 
         Raises:
-            UserError: there is one, and it is of another module; or all that there are, are damaged.
+            UserError: there is one, and it is of another module, or of a later step than the run would end at; or all
+                that there are, are damaged.
         """
         damaged = []
         for path in (self.folder / "checkpoints" / LAST, self.folder / "checkpoints" / PREVIOUS):
             try:
-                checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+                checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
                 trained_with = {name: checkpoint["hyper_parameters"][name] for name in module.hparams}
                 checkpoint["state_dict"], checkpoint["loops"], checkpoint["optimizer_states"]
-                checkpoint[data_module.__name__]
+                step, seed = checkpoint["global_step"], checkpoint[type(data).__name__]["seed"]
             except FileNotFoundError:
                 continue
             except Exception as error:  # a damaged file fails in as many ways as there are bytes
                 damaged.append(f"{path} is damaged ({one_line(error)})")
                 continue
-            for section, before in trained_with.items():
-                if what := _difference(section, before, module.hparams[section], data, ignored):
-                    config = self.folder / "config.yaml"
-                    raise UserError(f"{path} was trained with {what}; resume with {config}, or choose another --run")
+            differences = [
+                _difference(section, before, module.hparams[section], read, ignored)
+                for section, before in trained_with.items()
+            ]
+            if seed != data.order.seed:
+                differences.append(f"seed {seed}, this asks for {data.order.seed}")
+            if what := next(filter(None, differences), None):
+                config = self.folder / "config.yaml"
+                raise UserError(f"{path} was trained with {what}; resume with {config}, or choose another --run")
+            if step > data.num_steps:
+                raise UserError(
+                    f"{path} is at step {step:,}, and the run is to end at step {data.num_steps:,}; ask for more "
+                    "steps, or choose another --run"
+                )
             for line in damaged:
                 print(f"{line}; going on from {path.name}", file=sys.stderr)
             return path
@@ -249,6 +262,11 @@ def loading(path: Path, command: str) -> Iterator[None]:
     except UserError:
         raise
     except FileNotFoundError:
+        run, there = path.parent.parent, sorted(found.name for found in path.parent.glob("*.ckpt"))
+        if not there and not (run / "run.json").exists():
+            raise UserError(f"{run} is not a run of `{command}`: it has no checkpoints; name one") from None
+        if path.name != BEST and there:
+            raise UserError(f"{path} does not exist; the checkpoints there are {', '.join(there)}") from None
         raise UserError(
             f"{path} does not exist: no validation was reached there; go on with `{command} ... --resume`"
         ) from None
@@ -264,10 +282,10 @@ def one_line(error: Exception) -> str:
     return reason.split(". ")[0][:200] or type(error).__name__
 
 
-def _difference(section: str, before: Any, now: Any, data: str, ignored: Collection[str]) -> str | None:
+def _difference(section: str, before: Any, now: Any, read: str, ignored: Collection[str]) -> str | None:
     """Say in which option a checkpoint differs from what is asked for, if it does."""
     if not isinstance(now, dict):
-        return None if before == now else f"other {data}"
+        return None if before == now else f"other {read}"
     for key, value in now.items():
         if key not in ignored and before.get(key) != value:
             return f"{section}.{key} {before.get(key)}, this asks for {value}"

@@ -92,16 +92,22 @@ def choose_precision(precision: str, accelerator: str) -> Any:
     """Return Lightning's name for the precision: of auto, bfloat16 where the GPU has it, and float32 elsewhere."""
     if precision != "auto":
         return precision
-    return "bf16-mixed" if accelerator == "gpu" and torch.cuda.is_bf16_supported() else "32-true"
+    has_bfloat16 = accelerator == "gpu" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return "bf16-mixed" if has_bfloat16 else "32-true"
 
 
 def why_not_compiled(accelerator: str) -> str | None:
     """Say why torch.compile is of no use here, or return None when it is."""
-    if accelerator != "gpu":
-        return "there is no GPU"
-    if not (os.environ.get("CC") or any(map(shutil.which, ("gcc", "cc", "clang")))):
-        return "torch.compile finds no C compiler (install gcc)"
-    return None
+    return why_no_compiler(accelerator) if accelerator == "gpu" else "there is no GPU"
+
+
+def why_no_compiler(accelerator: str) -> str | None:
+    """Say why torch.compile cannot run here, or return None when it can: it needs C for a GPU, C++ for a CPU."""
+    on_gpu = accelerator == "gpu"
+    language, variable, names = ("C", "CC", ("gcc", "cc", "clang")) if on_gpu else ("C++", "CXX", ("g++",))
+    if os.environ.get(variable) or any(map(shutil.which, names)):
+        return None
+    return f"torch.compile finds no {language} compiler (install {names[0]})"
 
 
 def quieten() -> None:
