@@ -18,7 +18,7 @@ from jsonargparse import auto_cli
 from jsonargparse.typing import PositiveInt
 from rich.console import Console
 from rich.markdown import Markdown
-from training_step import METHOD, Job, measure, shape, warn_without_gpu
+from training_step import METHOD, Job, measure, require_whole, shape, warn_without_gpu
 
 from flashlab.cli import script
 from flashlab.gpt2 import report
@@ -73,7 +73,7 @@ def ablation(
     steps: PositiveInt = 20,
     compiled: bool = torch.cuda.is_available(),
     out: Path = Path("runs/gpt2_ablation.json"),
-) -> None:
+) -> int:
     """Measure training steps with everything on, and with one thing after the other off.
 
     Args:
@@ -85,6 +85,7 @@ def ablation(
         compiled: compile the model by torch.compile; without it the rows of what that fuses are left out.
         out: result file.
     """
+    require_whole(tokens_per_step, length)
     config = shape(preset, block_size=length, backend=backend)
     base = Job(config, tokens_per_step=tokens_per_step, compiled=compiled, steps=steps)
     command = shlex.join(["python", "examples/gpt2/ablation.py", *sys.argv[1:]])
@@ -104,6 +105,7 @@ def ablation(
             write_result(out, record | {"rows": list(rows.values())})  # what was measured stays
     Console().print(Markdown(report.ablation(out)))
     print(f"wrote {out}")
+    return int(any(row["status"] == "failed" for row in rows.values()))
 
 
 if __name__ == "__main__":

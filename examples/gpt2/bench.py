@@ -17,7 +17,7 @@ from jsonargparse import auto_cli
 from jsonargparse.typing import PositiveInt
 from rich.console import Console
 from rich.markdown import Markdown
-from training_step import METHOD, Job, measure, shape, warn_without_gpu
+from training_step import METHOD, Job, measure, require_whole, shape, warn_without_gpu
 
 from flashlab.attention import backends as attention
 from flashlab.cli import script
@@ -65,8 +65,7 @@ def bench(
         if backend not in names:
             raise UserError(f"--backends: no attention backend {backend!r}; there are: {', '.join(names)}")
     for length in lengths:
-        if tokens_per_step % length:
-            raise UserError(f"--tokens_per_step {tokens_per_step:,} is no multiple of the length {length:,}")
+        require_whole(tokens_per_step, length)
     contestants = [("flashlab", backend) for backend in backends] + [("transformers", name) for name in hugging_face]
     command = shlex.join(["python", "examples/gpt2/bench.py", *sys.argv[1:]])
     record: dict[str, Any] = provenance("gpt2_bench") | {"command": command, "method": METHOD, "claim": CLAIM}

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from flashlab.attention import attention
+from flashlab.errors import UserError
 from flashlab.gpt2 import config as config_module
 from flashlab.gpt2 import model as model_module
 from flashlab.gpt2.config import GPTConfig, flops_per_token, num_parameters, preset
@@ -69,6 +70,16 @@ def shape(name: str, **changes: Any) -> GPTConfig:
         UserError: there is no such preset, or no model can have this shape.
     """
     return replace(TINY, **changes) if name == "tiny" else preset(name, **changes)
+
+
+def require_whole(tokens_per_step: int, length: int) -> None:
+    """Refuse a step that sequences of a length do not fill.
+
+    Raises:
+        UserError: the tokens of a step are no multiple of the length.
+    """
+    if tokens_per_step % length:
+        raise UserError(f"--tokens_per_step {tokens_per_step:,} is no multiple of the length {length:,}")
 
 
 def warn_without_gpu() -> None:

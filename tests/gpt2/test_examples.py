@@ -48,6 +48,7 @@ def test_bench_measures_models_beside_transformers_and_says_what_cannot_run(tmp_
         (["bench.py", "--presets", "[nope]"], "no preset 'nope'"),
         (["bench.py", "--backends", "[nope]"], "--backends: no attention backend 'nope'; there are: auto, standard"),
         (["bench.py", "--tokens_per_step", "100"], "--tokens_per_step 100 is no multiple of the length 1,024"),
+        (["ablation.py", "--length", "100"], "--tokens_per_step 65,536 is no multiple of the length 100"),
         (["experiments.py", "scaling", "nope"], "nope is not a token set (it has no manifest.json); make it with"),
     ],
 )

@@ -81,6 +81,11 @@ def test_top_k_and_top_p_are_those_of_transformers(top_k, top_p):
     assert torch.equal(restrict(logits, top_k, top_p), expected)
 
 
+def test_a_temperature_next_to_nothing_takes_the_likeliest():
+    model, tokens = tiny(), some_tokens(2, 8)
+    assert torch.equal(sampled(model, tokens, 5, temperature=1e-40), sampled(model, tokens, 5, temperature=0))
+
+
 def test_tokens_come_one_by_one():
     model, tokens, calls = tiny(), some_tokens(2, 8), []
     model.ln_f.register_forward_hook(lambda *_: calls.append(1))

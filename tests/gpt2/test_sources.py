@@ -242,6 +242,12 @@ def test_rows_of_a_data_set_are_read_through_datasets(tmp_path, texts):
         list(Hub(str(tmp_path / "set"), "text").read(None))
 
 
+def test_a_folder_of_rows_that_was_changed_is_another_source(tmp_path, texts):
+    pytest.importorskip("datasets")
+    before = Hub(str(rows_of(texts, tmp_path / "set")), "text").key()
+    assert Hub(str(rows_of(texts[:1], tmp_path / "set")), "text").key() != before
+
+
 def test_a_name_has_a_configuration_and_a_revision_which_is_pinned(monkeypatch):
     datasets = pytest.importorskip("datasets")
     hub = pytest.importorskip("huggingface_hub")

@@ -83,11 +83,13 @@ class Blocks(Dataset[Tensor]):
                     f"{self._name_of(index)} is damaged or gone ({reason}); prepare the set again: what is whole is "
                     "kept"
                 ) from error
-        if blocks.max() >= self._tokens.vocab_size:
-            name = self._name_of(indices[int(blocks.max(axis=1).argmax())])
+        lowest, highest = blocks.min(axis=1), blocks.max(axis=1)
+        if (wrong := (lowest < 0) | (highest >= self._tokens.vocab_size)).any():
+            at = int(wrong.argmax())
             raise UserError(
-                f"{name} is damaged: it holds the token {blocks.max():,} of a vocabulary of "
-                f"{self._tokens.vocab_size:,}; prepare the set again: what is whole is kept"
+                f"{self._name_of(indices[at])} is damaged: it holds the token "
+                f"{lowest[at] if lowest[at] < 0 else highest[at]:,} of a vocabulary of {self._tokens.vocab_size:,}; "
+                "prepare the set again: what is whole is kept"
             )
         return torch.from_numpy(blocks)
 

@@ -28,7 +28,7 @@ class Document(NamedTuple):
         text = _decode(self.raw, undecodable, line, 0)
         try:
             row = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{line} is not JSON ({error}); every line must be a JSON object") from None
         text = text_of_row(row, field, line)
         try:

@@ -3,7 +3,7 @@
 import gzip
 import io
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -35,7 +35,7 @@ class Files:
         self._position = [0, 0, 0]  # file, byte of its text, line
 
     def key(self) -> list[Any]:
-        return [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in self._paths]
+        return versions(self._paths)
 
     def position(self) -> list[int]:
         return self._position
@@ -61,6 +61,11 @@ class Files:
                 except (EOFError, OSError, zlib.error) as error:  # OSError: gzip's own, and a disk's
                     raise UserError(f"{path} is damaged or cut short ({error}); fetch it again") from error
             offset = line = 0
+
+
+def versions(paths: Iterable[Path]) -> list[list[Any]]:
+    """Tell files from what they were before or will be: path, bytes, time of the last change."""
+    return [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in paths]
 
 
 def find_files(src: list[Path], extensions: list[str]) -> list[Path]:

@@ -131,7 +131,7 @@ def save(model: GPT, folder: Path) -> None:
 
 def _describe(model: GPT) -> dict[str, Any]:
     config = model.config
-    end_of_text = 50256 if config.vocab_size == SHAPE["vocab_size"] else None  # of GPT-2's tokenizer
+    end_of_text = config.vocab_size - 1  # of bytes as well as of GPT-2's tokenizer
     return {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",

@@ -108,9 +108,17 @@ class MLP(nn.Module):
         return self.c_proj(F.gelu(x, approximate="tanh"))
 
 
+class RMSNorm(nn.RMSNorm):
+    """torch's, in the precision of its weight: under autocast torch does that for LayerNorm alone."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``[..., W]`` to ``[..., W]``."""
+        return super().forward(x.to(self.weight.dtype))
+
+
 def _norm(config: GPTConfig) -> nn.Module:
     if config.norm == "rmsnorm":
-        return nn.RMSNorm(config.n_embd, eps=EPSILON)
+        return RMSNorm(config.n_embd, eps=EPSILON)
     return nn.LayerNorm(config.n_embd, eps=EPSILON, bias=config.bias)
 
 

@@ -20,7 +20,7 @@ from time import monotonic
 from typing import Any, NamedTuple
 
 import numpy as np
-from jsonargparse.typing import ClosedUnitInterval, PositiveInt
+from jsonargparse.typing import OpenUnitInterval, PositiveInt
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -52,7 +52,7 @@ def prepare(
     out: Path,
     tokenizer: TokenizerName = "bytes",
     vocabulary: Path | None = None,
-    validation: ClosedUnitInterval | None = None,
+    validation: OpenUnitInterval | None = None,
     extensions: list[str] = EXTENSIONS,
     field: str = "text",
     separator: str = "",
@@ -74,7 +74,7 @@ def prepare(
             0.0005, and 0.05 of the embedded corpus.
         extensions: of files that are taken from folders, each also with .gz or .zst behind it.
         field: of a JSONL line or a row, which holds the text.
-        separator: between the documents of a text file; without one a file is one, or one per 64 KiB if it is longer.
+        separator: between the documents of a text file; without one a file is one. What is longer than 64 KiB is cut.
         undecodable: refuse bytes that are not UTF-8, or replace them by U+FFFD.
         shard_bytes: bytes of text in a shard.
         processes: that encode text side by side; by default one per core, fewer for little text. They do not change

@@ -76,7 +76,9 @@ def generate(
     def draw(logits: Tensor) -> Tensor:
         if temperature == 0:
             return logits.argmax(dim=-1)
-        probabilities = restrict(logits.float() / temperature, top_k, top_p).softmax(dim=-1)
+        logits = logits.float()
+        logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature  # none becomes inf by a small temperature
+        probabilities = restrict(logits, top_k, top_p).softmax(dim=-1)
         return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
 
     return _generate(model, tokens, max_new_tokens, draw, stop, use_cache)

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 from flashlab.errors import UserError
 from flashlab.gpt2.corpus import describe, embedded_documents
 from flashlab.gpt2.documents import Document, text_of_row
-from flashlab.gpt2.files import Files, find_files
+from flashlab.gpt2.files import Files, find_files, versions
 
 EXTENSIONS = ["txt", "md", "jsonl"]
 HUB = "hf:"
@@ -85,11 +85,12 @@ class Hub:
         except Exception as error:  # of the connection, the hub, the data set
             raise self._unreachable(error) from error
         self.identity = {"kind": "hub", "name": path, "config": config or None, "revision": revision or None}
+        self._files = sorted(file for file in Path(path).rglob("*") if file.is_file())  # of a folder
         self.total_bytes = self._data.info.dataset_size
         self.done_bytes = 0
 
     def key(self) -> list[Any]:
-        return list(self.identity.values())
+        return [*self.identity.values(), *versions(self._files)]
 
     def position(self) -> dict[str, Any]:
         return {"rows": self._rows, "bytes": self.done_bytes, "state": self._data.state_dict()}
