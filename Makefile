@@ -12,6 +12,7 @@ SET ?= data/$(NAME)
 RUN ?= runs/$(NAME)
 CONFIG ?= examples/btc_forecast/default.yaml $(if $(HAS_GPU),,examples/btc_forecast/cpu.yaml)
 ARGS ?=
+PREPARE ?=
 # Asked once, when it is needed first: by then torch is installed.
 HAS_GPU = $(eval HAS_GPU := $(shell $(BIN)/python -c 'import torch; print("yes" * torch.cuda.is_available())' 2>/dev/null))$(HAS_GPU)
 
@@ -33,7 +34,7 @@ ifneq ($(or $(word 2,$(DATA)),$(findstring :,$(DATA))),)
   $(error DATA=$(DATA): make cannot take a path with spaces or colons; rename the file or link to it)
 endif
 ifeq ($(filter data/simulated.csv.gz,$(DATA))$(wildcard $(DATA)),)
-  $(error DATA=$(DATA): there is no such file; check the path, or download the public bars with `flashlab data fetch`)
+  $(error DATA=$(DATA): there is no such file; check the path, or download the public bars with `make $(INSTALLED) && $(FLASHLAB) data fetch`)
 endif
 
 .PHONY: help train gpt2 check bench test lint format doctor tensorboard data clean clean-all \
@@ -41,7 +42,8 @@ endif
 
 help:
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
-	@echo 'Variables: DATA=bars.csv RUN=folder CONFIG="files.yaml" ARGS="--option value" (of train, gpt2) PYTHON=python3.12'
+	@echo 'Variables: DATA=bars.csv RUN=folder CONFIG="files.yaml" ARGS="--option value" (of train, gpt2)'
+	@echo '  PREPARE="--option value" (of data prepare) PYTHON=python3.12'
 	@echo 'of images: VARIANT=cu128-py312, cu130-py312 or cpu-py312; SERVICE=check, bench, evaluate, tensorboard, test ...'
 
 train: $(SET)/manifest.json ## set up, prepare, train, evaluate, report; DATA=bars.csv takes your bars; resumes a run
@@ -113,7 +115,7 @@ clean-all: clean ## remove what is in data/, runs/ and wheels/ too
 	rm -rf wheels
 
 $(SET)/manifest.json: $(DATA) $(SET).source | $(INSTALLED)
-	$(FLASHLAB) data prepare $< --out $(@D)
+	$(FLASHLAB) data prepare $< --out $(@D) $(PREPARE)
 
 data/gpt2/manifest.json: | $(INSTALLED)
 	$(FLASHLAB) gpt2 prepare --out $(@D)

@@ -200,8 +200,9 @@ def test_make_refuses_data_in_one_line(data, complaint):
 def test_make_names_set_and_run_after_the_data(tmp_path):
     for name in ("bars.2013.csv.gz", "bars.2013.csv", "bars.2013.zip"):
         (tmp_path / name).touch()
-        made = run_make("--dry-run", "train", f"DATA={tmp_path / name}", f"VENV={tmp_path}")
-        assert f"data prepare {tmp_path / name} --out data/bars.2013\n" in made.stdout
+        options = f"DATA={tmp_path / name}", f"VENV={tmp_path}", "PREPARE=--context_length 512"
+        made = run_make("--dry-run", "train", *options)
+        assert f"data prepare {tmp_path / name} --out data/bars.2013 --context_length 512\n" in made.stdout
         assert "--data.path data/bars.2013 --run runs/bars.2013 --resume" in made.stdout
 
 
