@@ -127,9 +127,11 @@ def test_what_another_command_left_is_measured_anew(monkeypatch):
     assert auto.parse(auto.tuned_path(CPU).read_text()).cells
 
 
-def test_a_table_to_ship_is_made_of_a_sweep_and_a_check(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("folder", ["nvidia_h200-sweep", ".nvidia_h200.json.tune"])
+def test_a_table_to_ship_is_made_of_a_sweep_and_a_check(folder, tmp_path, capsys):
     wrong = row("flash_attention_4", None, status="wrong")
-    sweep = write(tmp_path / "sweep.json", swept([row("sdpa_flash", 2.0), row("sdpa_cudnn", 1.0), wrong]))
+    (tmp_path / folder).mkdir()
+    sweep = write(tmp_path / folder / "sweep.json", swept([row("sdpa_flash", 2.0), row("sdpa_cudnn", 1.0), wrong]))
     checked = [{"backend": "sdpa_cudnn", "dtype": "float16", "head_dim": 96, "status": "wrong"}]
     check = write(tmp_path / "check.json", {"schema": 1, "kind": "attention_check", "rows": checked})
     out = tmp_path / "nvidia_h200.json"
@@ -141,6 +143,7 @@ def test_a_table_to_ship_is_made_of_a_sweep_and_a_check(tmp_path, monkeypatch, c
     assert found.wrong == {("flash_attention_4", "bfloat16", 64), ("sdpa_cudnn", "float16", 96)}
     assert json.loads(out.read_text())["git_commit"] == "abc"
     assert "never flash_attention_4 with bfloat16 at head_dim 64: it was wrong" in capsys.readouterr().out
+    assert (tmp_path / folder / "sweep.json").exists()
 
 
 @pytest.mark.parametrize(

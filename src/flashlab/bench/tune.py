@@ -70,7 +70,7 @@ def tune(
         if path.is_dir():
             raise UserError(f"--out {path} is a folder: name a file")
         path.parent.mkdir(parents=True, exist_ok=True)
-    measured = path.with_name(f"{path.stem}-sweep")
+    measured = path.with_name(f".{path.name}.tune")  # a name that nobody gives a sweep of their own
     if sweep is None and (code := _measure(place, quick, measured)) > 1:
         return code
     found = read(sweep or measured / sweeps.FILE, "attention_sweep", "flashlab bench sweep")
@@ -78,7 +78,8 @@ def tune(
     facts |= {"rows": rank(found["rows"]), "wrong": wrong([*found["rows"], *checked])}
     write_result(path, facts)
     auto.forget()
-    shutil.rmtree(measured, ignore_errors=True)
+    if sweep is None:
+        shutil.rmtree(measured, ignore_errors=True)
     _print(facts)
     print(f"wrote {path}")
     return 0
