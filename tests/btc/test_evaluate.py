@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import yaml
 
 from flashlab.btc.bars import FEATURES
 from flashlab.btc.baselines import BASELINES, LAGS
@@ -137,6 +138,7 @@ def test_the_published_protocol_is_scored_on_its_windows(tmp_path):
         (lambda run: (run / "config.yaml").write_text(""), [], "config.yaml is damaged"),
         (lambda run: (run / "config.yaml").write_text("data: {path: x"), [], "config.yaml is damaged"),
         (lambda run: (run / "config.yaml").write_bytes(b"\xff\xfe\x00"), [], "config.yaml is damaged"),
+        (lambda run: (run / "run.json").write_text("{}"), [], "run.json is missing or damaged; name a whole run"),
         (lambda run: None, ["--data", "no/such/set"], "no/such/set is not a prepared set"),
         (lambda run: None, ["--part", "tset"], "part"),
         (lambda run: None, ["--batch_size", "0"], "batch_size"),
@@ -177,6 +179,29 @@ def test_another_set_must_fit_and_be_whole(run, prepared, bars_csv, shorter, com
     (line,) = capsys.readouterr().err.splitlines()
     assert complaint in line
     assert not (run / "metrics.json").exists()
+
+
+def test_bars_that_may_have_been_trained_on_are_not_scored_in_silence(run, prepared, bars_csv, tmp_path, capsys):
+    """A test part moved within what was validation and test; then one that lies in what was trained on."""
+    split = open_set(prepared).manifest["split"]
+    validation, test = (np.datetime64(split["starts"][part][:-1]) for part in ("validation", "test"))
+    for day, other in ((validation, None), (validation - 600, str(tmp_path / "set"))):
+        prepare(
+            [bars_csv], out=tmp_path / "set", context_length=32, validation_start=str(day), test_start=str(test - 60)
+        )
+        capsys.readouterr()
+        metrics, _ = evaluate(run, "--data", tmp_path / "set")
+        said = f"The training part of {other} is not what the model was trained on: it may know these bars."
+        assert metrics["run"]["other_data"] == other
+        assert (said in capsys.readouterr().out) == (other is not None)
+    assert main(["report", str(run)]) == 0
+    assert said.replace("_", r"\_") in (run / "report.md").read_text()
+
+    change = yaml.safe_load((run / "config.yaml").read_text())
+    change["data"]["path"] = other
+    (run / "config.yaml").write_text(yaml.safe_dump(change))
+    assert main(["evaluate", str(run)]) == 2
+    assert f"{other} was prepared otherwise since {run} was trained on it" in capsys.readouterr().err
 
 
 def test_a_full_disk_leaves_the_metrics_before(run, monkeypatch, capsys):

@@ -18,7 +18,7 @@ from flashlab.btc.model import Forecaster
 from flashlab.btc.module import load_forecaster
 from flashlab.btc.prepare import PreparedSet, open_set
 from flashlab.btc.report import print_summary
-from flashlab.btc.train import check_context
+from flashlab.btc.train import check_context, fingerprint
 from flashlab.btc.windows import part_windows, scored_windows
 from flashlab.errors import UserError, writing
 from flashlab.machine import identify
@@ -47,11 +47,13 @@ def evaluate(
         batch_size: windows at a time.
 
     Raises:
-        UserError: there is no such run, checkpoint or set, or the part has nothing to score.
+        UserError: there is no such run, checkpoint or set, the run's own set was prepared otherwise since, or the part
+            has nothing to score.
     """
     config = read_config(run)
     prepared = open_set(data or config["data"]["path"])
     check_context(prepared, config["data"]["context_length"])
+    other_data = _other_data(run, prepared, is_named=data is not None)
     module = load_forecaster(run / "checkpoints" / checkpoint)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rows, forecast = forecast_part(
@@ -77,6 +79,7 @@ def evaluate(
         "name": run.name,
         "part": part,
         "checkpoint": checkpoint,
+        "other_data": other_data,
         "config": config,
         "training": read_record(run),
         "prepared": {key: prepared.manifest[key] for key in ("cleaning", "missing", "split", "bars", "start", "end")},
@@ -107,6 +110,31 @@ def forecast_part(
         forecasts.append(log_bars[scored])
         rows.append((starts[window, None] + 1 + position)[scored])
     return np.concatenate([*rows, np.zeros(0, np.int64)]), np.concatenate([*forecasts, np.zeros((0, 5))])
+
+
+def _other_data(run: Path, prepared: PreparedSet, *, is_named: bool) -> str | None:
+    """Return the path of a set whose training part is not what the run was trained on, None where it is.
+
+    Raises:
+        UserError: the run's own set was prepared otherwise since, or run.json is missing or damaged.
+    """
+    here = fingerprint(prepared)
+    try:
+        trained_on = read_record(run)["trained_on"]
+        is_other = _training_part(trained_on) != _training_part(here)
+    except (AttributeError, KeyError, TypeError):
+        raise UserError(f"{run / 'run.json'} is missing or damaged; name a whole run, or train again") from None
+    if trained_on != here and not is_named:
+        raise UserError(
+            f"{prepared.path} was prepared otherwise since {run} was trained on it; prepare it as it was, or score "
+            f"what it holds now with --data {prepared.path}"
+        )
+    return prepared.path if is_other else None
+
+
+def _training_part(fingerprint: dict[str, Any]) -> dict[str, Any]:
+    split = fingerprint["split"]
+    return fingerprint | {"split": split | {"parts": split["parts"].get("train"), "starts": None}}
 
 
 def _training_rows(prepared: PreparedSet, bars: Bars, mask_filled: bool) -> np.ndarray:

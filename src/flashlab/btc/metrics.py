@@ -157,6 +157,14 @@ def _number(value: float) -> float | None:
     return float(value) if math.isfinite(value) else None
 
 
+def other_data(metrics: dict[str, Any]) -> list[str]:
+    """Say that the bars scored may be among those that the model was trained on, where nothing rules it out."""
+    path = metrics.get("run", {}).get("other_data")
+    return (
+        [f"The training part of {path} is not what the model was trained on: it may know these bars."] if path else []
+    )
+
+
 def verdicts(metrics: dict[str, Any]) -> list[tuple[str, str]]:
     """Put every comparison in words: pairs of verdict and sentence, the lost ones first."""
     lines = []

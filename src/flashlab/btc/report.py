@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table as ConsoleTable
 
 from flashlab.btc.bars import FEATURES
-from flashlab.btc.metrics import COMPARISONS, comparisons, load_metrics, time_range, verdicts
+from flashlab.btc.metrics import COMPARISONS, comparisons, load_metrics, other_data, time_range, verdicts
 from flashlab.btc.report_content import sections
 from flashlab.errors import UserError
 from flashlab.report import VERDICT_STYLES, write_report
@@ -87,7 +87,8 @@ def print_summary(metrics: dict[str, Any]) -> None:
     for index in (1, 3, 4):
         table.columns[index].justify, table.columns[index].no_wrap = "right", True
     console = Console(highlight=False)
-    console.print(f"{metrics['rows']:,} bars, {time_range(metrics)}")
+    for line in (f"{metrics['rows']:,} bars, {time_range(metrics)}", *other_data(metrics)):
+        console.print(line, soft_wrap=True)
     console.print(table)
     for verdict, line in verdicts(metrics):
         if verdict == "loses":

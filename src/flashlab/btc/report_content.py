@@ -5,7 +5,17 @@ from typing import Any
 
 from flashlab.btc.bars import FEATURES
 from flashlab.btc.baselines import BASELINES
-from flashlab.btc.metrics import COMPARISONS, ROWS, TITLES, comparisons, number, real_error, time_range, verdicts
+from flashlab.btc.metrics import (
+    COMPARISONS,
+    ROWS,
+    TITLES,
+    comparisons,
+    number,
+    other_data,
+    real_error,
+    time_range,
+    verdicts,
+)
 from flashlab.report import Picture, Section, Table, Text, Verdicts, flatten
 
 FEW_BLOCKS = 10
@@ -98,7 +108,7 @@ def _scored(metrics: dict[str, Any]) -> str:
     )
     if metrics["distinct_rows"] < metrics["rows"]:
         text += f" Windows overlap: {metrics['distinct_rows']:,} of the bars are different ones."
-    return text
+    return " ".join([text, *other_data(metrics)])
 
 
 def _skill(metrics: dict[str, Any]) -> str:

@@ -109,7 +109,7 @@ def train(
     trainer = replace(trainer, devices=devices, num_nodes=num_nodes)
     prepared = open_set(data.path)
     this = Run.open(run, resume=resume)
-    trained_on, shape = _fingerprint(prepared), [config["model"], config["optimizer"]]
+    trained_on, shape = fingerprint(prepared), [config["model"], config["optimizer"]]
     if this.is_trained(trained_on, shape, f"other bars than {data.path} holds"):
         return 0
     accelerator = choose_accelerator(trainer.accelerator, trainer.devices)
@@ -186,6 +186,13 @@ def make_module(config: dict[str, Any], prepared: PreparedSet) -> ForecasterModu
     )
 
 
+def fingerprint(prepared: PreparedSet) -> dict[str, Any]:
+    """Tell one prepared set from another that holds other bars, or splits them otherwise."""
+    manifest = prepared.manifest
+    sources = [source["sha256"] for source in manifest["cleaning"]["sources"]]
+    return {"sources": sources, "missing": manifest["missing"], "split": manifest["split"]}
+
+
 def check_context(prepared: PreparedSet, context_length: int) -> None:
     """Refuse a context length that the set was not split for.
 
@@ -216,13 +223,6 @@ def _check(prepared: PreparedSet, data: DataConfig, model: ModelConfig) -> None:
             raise UserError(
                 f"{prepared.path}: the {part} part has no window of {data.context_length} bars; prepare more bars"
             )
-
-
-def _fingerprint(prepared: PreparedSet) -> dict[str, Any]:
-    """Tell one prepared set from another that holds other bars, or splits them otherwise."""
-    manifest = prepared.manifest
-    sources = [source["sha256"] for source in manifest["cleaning"]["sources"]]
-    return {"sources": sources, "missing": manifest["missing"], "split": manifest["split"]}
 
 
 def _resolve_backend(model: ModelConfig, data: DataConfig, accelerator: str, precision: str) -> str:
