@@ -218,6 +218,7 @@ def replaced(line: int, column: int, text: str):
 
 
 GOOD = make_rows(40).to_csv(index=False).encode()
+ROWS = GOOD.split(b"\n", 1)[1]
 BAD = {
     "empty": (b"", "is empty; expected a CSV with the header Timestamp,Open,High,Low,Close,Volume"),
     "blank": (b"\n\n", "is empty"),
@@ -228,6 +229,10 @@ BAD = {
     "semicolons": (GOOD.replace(b",", b";"), "separated by semicolons; expected commas"),
     "tabs": (GOOD.replace(b",", b"\t"), "separated by tabs; expected commas"),
     "decimal commas": (GOOD.replace(b".", b","), "line 2: 11 cells under a header of 6 columns; write numbers with"),
+    "decimal commas further on": (
+        GOOD + ROWS * 40 + ROWS.replace(b".", b","),
+        "line 1642: 11 cells under a header of 6 columns; write numbers with",
+    ),
     "text in a cell": (broken(replaced(17, 4, "n.a")), "line 17, column close: 'n.a' is not a number; correct or"),
     "text in a time": (broken(replaced(9, 0, "noon")), "line 9, column timestamp: 'noon' is not a number"),
     "after blank lines": (b"\n" + broken(replaced(9, 3, "x")), "line 10, column low: 'x'"),

@@ -9,6 +9,7 @@ import csv
 import difflib
 import gzip
 import hashlib
+import re
 import time
 import zipfile
 import zlib
@@ -166,13 +167,13 @@ def stream_bars(lines: Iterable[bytes], warn: Callable[[str], None]) -> Iterator
         raise UserError(f"{name} is compressed; unpack it first, as with zcat")
     layout = _find_layout(name, BytesIO(b"".join(line for _, line in head)))
     header = head[0][1].strip()
-    width, unit, last = len(next(csv.reader([header.decode()]))), "", 0
+    unit, last = "", 0
     seconds: list[int] = []
     for number, line in chain(head[1:], numbered):
         if line.strip() == header:  # of the next file in a row of files
             continue
         try:
-            cells = _parse_row(line, width, layout)
+            cells = _parse_row(line, layout)
             unit = unit or _guess_unit(name, cells[:1])
             if np.isfinite(cells[0]) and not EARLIEST * UNITS[unit] <= cells[0] <= _latest() * UNITS[unit]:
                 raise ValueError(f"its time is not between 2009 and tomorrow (Unix {unit}, or ISO-8601)")
@@ -242,20 +243,27 @@ def log_features(values: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class _Layout:
-    """How to read one file: lines before the first row, where each of `COLUMNS` stands, whether times are ISO-8601."""
+    """How to read one file.
+
+    Attributes:
+        skip: lines before the first row.
+        width: columns of the header.
+        positions: where each of `COLUMNS` stands.
+        iso: whether times are ISO-8601.
+    """
 
     skip: int
+    width: int
     positions: dict[str, int]
     iso: bool
 
     def chunks(self, stream: IO[bytes], **options: object) -> Iterator[pd.DataFrame]:
-        """Iterate over the rows, `CHUNK_ROWS` at a time, and of their columns those in `COLUMNS`."""
-        in_file_order = sorted(self.positions, key=self.positions.__getitem__)
+        """Iterate over the rows, `CHUNK_ROWS` at a time; columns that are none of `COLUMNS` have a number as name."""
+        names = {position: name for name, position in self.positions.items()}
         read_options = {
             "header": None,
             "skiprows": self.skip,
-            "usecols": sorted(self.positions.values()),
-            "names": in_file_order,
+            "names": [names.get(position, position) for position in range(self.width)],
             "index_col": False,
             "chunksize": CHUNK_ROWS,
             "encoding_errors": "replace",  # a byte that is not UTF-8 then fails as a number, with its line
@@ -272,7 +280,9 @@ def _read_source(path: Path) -> tuple[Source, np.ndarray, np.ndarray, Counter[st
     unit = None
     with _open_csv(path) as (stream, sha256):
         layout = _find_layout(path, stream)
-        dtypes = dict.fromkeys(FEATURES, "float64") | {"timestamp": "str" if layout.iso else "float64"}
+        # Of columns that nobody needs a byte is kept: `usecols` would let rows pass that have too many cells.
+        dtypes: dict[Any, str] = dict.fromkeys(range(layout.width), "S1") | dict.fromkeys(FEATURES, "float64")
+        dtypes["timestamp"] = "str" if layout.iso else "float64"
         try:
             for chunk in layout.chunks(stream, dtype=dtypes):
                 if layout.iso:
@@ -290,6 +300,8 @@ def _read_source(path: Path) -> tuple[Source, np.ndarray, np.ndarray, Counter[st
                 seconds.append(cells[0, possible].astype(np.int64) // UNITS[unit or "seconds"])
                 values.append(kept)
         except pd.errors.ParserError as error:
+            if found := re.search(r"in line (\d+), saw (\d+)", str(error)):
+                _fail_too_wide(path, found[1], found[2], layout.width)
             raise UserError(
                 f"{path} is not a CSV file: {' '.join(str(error).split())}; fetch or export it again"
             ) from error
@@ -305,11 +317,11 @@ def _read_source(path: Path) -> tuple[Source, np.ndarray, np.ndarray, Counter[st
     return Source(path.name, sha256, path.stat().st_size, counts["rows"]), second, np.concatenate(values), counts
 
 
-def _parse_row(line: bytes, width: int, layout: _Layout) -> np.ndarray:
+def _parse_row(line: bytes, layout: _Layout) -> np.ndarray:
     """Read one row: float64 ``[6]`` in the order of `COLUMNS`, NaN for an empty cell."""
     row = next(csv.reader([line.decode("utf-8", "replace")]))
-    if any(map(str.strip, row[width:])):
-        raise ValueError(f"{len(row)} cells under a header of {width} columns")
+    if any(map(str.strip, row[layout.width :])):
+        raise ValueError(f"{len(row)} cells under a header of {layout.width} columns")
     cells = np.full(len(COLUMNS), np.nan)
     for index, column in enumerate(COLUMNS):
         cell = row[layout.positions[column]].strip() if layout.positions[column] < len(row) else ""
@@ -420,13 +432,17 @@ def _find_layout(path: Path, stream: IO[bytes]) -> _Layout:
         raise UserError(f"{path} has a header but no rows; expected one row a minute")
     for number, row in rows.items():
         if any(map(str.strip, row[len(header) :])):
-            raise UserError(
-                f"{path}, line {number}: {len(row)} cells under a header of {len(header)} columns; "
-                "write numbers with a decimal point and no thousands separators"
-            )
+            _fail_too_wide(path, number, len(row), len(header))
     times = (row[positions["timestamp"]] for row in rows.values() if len(row) > positions["timestamp"])
     iso = not _is_number(next(filter(str.strip, times), ""))
-    return _Layout(skip, {name: positions[name] for name in COLUMNS}, iso)
+    return _Layout(skip, len(header), {name: positions[name] for name in COLUMNS}, iso)
+
+
+def _fail_too_wide(path: Path, line: int | str, cells: int | str, columns: int) -> NoReturn:
+    raise UserError(
+        f"{path}, line {line}: {cells} cells under a header of {columns} columns; "
+        "write numbers with a decimal point and no thousands separators"
+    )
 
 
 def _fail_without_column(path: Path, name: str, header: list[str], header_line: str) -> NoReturn:
