@@ -261,6 +261,10 @@ BAD = {
         broken(lambda csv: "\n".join([HEADER, *(f"{year}-01-01,1,1,1,1,1" for year in range(2007, 2012))])),
         "line 2, column timestamp: '2007-01-01' is not a time between 2009 and tomorrow",
     ),
+    "ISO beyond nanoseconds": (
+        broken(lambda csv: "\n".join([HEADER, *(f"{year}-01-01,1,1,1,1,1" for year in (2015, 2016, 9999))])),
+        "line 4, column timestamp: '9999-01-01' is not a time between 2009 and tomorrow",
+    ),
     "units mixed": (broken(replaced(30, 0, "1500000000000")), "(Unix seconds, or ISO-8601); correct or delete"),
     "microseconds": (
         make_rows(9).assign(Timestamp=lambda rows: rows["Timestamp"] * 10**6).to_csv(index=False).encode(),

@@ -470,7 +470,7 @@ def _to_numbers(column: str, text: pd.Series, layout: _Layout) -> pd.Series:
     """Turn cells into float64, ISO-8601 times into Unix seconds, what is neither into NaN."""
     if column == "timestamp" and layout.iso:
         times = pd.to_datetime(text, format="ISO8601", utc=True, errors="coerce")
-        return (times - pd.Timestamp(0, tz="UTC")).dt.total_seconds()
+        return (times - pd.Timestamp("1970-01-01", tz="UTC")).dt.total_seconds()
     return pd.to_numeric(text, errors="coerce").astype("float64")
 
 
