@@ -1,4 +1,4 @@
-"""Mistakes that are the user's to fix, and stops."""
+"""Mistakes that are the user's to fix, stops, and what is said of other errors."""
 
 import errno
 import os
@@ -130,3 +130,15 @@ def print_now(text: str, *, end: str = "\n", file: TextIO | None = None) -> bool
         if isinstance(error, BrokenPipeError):
             return False
         raise UserError(f"cannot write standard output: {error.strerror}; redirect it elsewhere") from error
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tell memory that ran out, of a GPU or of the machine, from other failures."""
+    marks = ("out of memory", "can't allocate memory", "alloc_failed", "not enough memory")
+    return isinstance(error, MemoryError) or any(mark in str(error).lower() for mark in marks)
+
+
+def one_line(error: BaseException) -> str:
+    """Shorten an error to one line: its type and what it says."""
+    said = " ".join(str(error).split())
+    return f"{type(error).__name__}: {said if len(said) <= 300 else said[:299] + '…'}"

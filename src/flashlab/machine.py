@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from flashlab import __version__
-from flashlab.errors import write_text
+from flashlab.errors import one_line, write_text
 
 Facts = dict[str, Any]
 
@@ -65,7 +65,7 @@ def examine(path: Path) -> Facts:
             try:
                 facts[name] = read()
             except Exception as error:  # whatever is broken here, the rest of the machine is still worth a look
-                facts["unread"][name] = _one_line(error)
+                facts["unread"][name] = one_line(error)
     return facts
 
 
@@ -110,10 +110,6 @@ def git_commit() -> str | None:
         return None
 
 
-def _one_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
-
-
 def _version(distribution: str) -> str | None:
     try:
         return metadata.version(distribution)
@@ -150,7 +146,7 @@ def _torch() -> Facts:
     try:
         import torch
     except Exception as error:
-        return {"version": _version("torch"), "error": _one_line(error)}
+        return {"version": _version("torch"), "error": one_line(error)}
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         sees_gpu = torch.cuda.is_available()
@@ -185,7 +181,7 @@ def _driver() -> Facts:
     try:
         answer = subprocess.run(query, capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired) as error:
-        return {**facts, "error": _one_line(error)}
+        return {**facts, "error": one_line(error)}
     if answer.returncode != 0:
         return {**facts, "error": " ".join((answer.stdout + answer.stderr).split())}
     for line in answer.stdout.splitlines():
@@ -215,7 +211,7 @@ def _flash_attn() -> Facts:
         try:
             import_module("flash_attn.flash_attn_interface")
         except Exception as error:
-            facts["2"]["error"] = _one_line(error)
+            facts["2"]["error"] = one_line(error)
     return facts
 
 
@@ -234,7 +230,7 @@ def _torchvision() -> Facts | None:
     try:
         import_module("torchvision")
     except Exception as error:
-        return {"version": version, "error": _one_line(error)}
+        return {"version": version, "error": one_line(error)}
     return {"version": version, "error": None}
 
 

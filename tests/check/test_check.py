@@ -86,8 +86,9 @@ def test_a_backend_that_raises_is_wrong_without_a_traceback(plant, capsys):
     assert "Traceback" not in captured.out + captured.err
 
 
-def test_out_of_memory_is_a_row_of_its_own_and_not_wrong(plant, tmp_path, capsys):
-    plant(scores=lambda *_: raise_(torch.OutOfMemoryError("CUDA out of memory")))
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("full"), RuntimeError("CUBLAS_STATUS_ALLOC_FAILED")])
+def test_out_of_memory_is_a_row_of_its_own_and_not_wrong(error, plant, tmp_path, capsys):
+    plant(scores=lambda *_: raise_(error))
     path = tmp_path / "check.json"
     assert check("--backend", "[planted,standard]", "--case", f"[{CASE}]", "--json", str(path)) == 0
     assert [row["status"] for row in json.loads(path.read_text())["rows"]] == ["oom", "ok"]

@@ -17,7 +17,7 @@ from flashlab.attention import attention, resolve
 from flashlab.attention.interface import BackendUnavailable
 from flashlab.bench.case import DTYPES, Case
 from flashlab.bench.compare import Verdict, compare
-from flashlab.errors import UserError
+from flashlab.errors import UserError, is_out_of_memory, one_line
 
 Row = dict[str, Any]
 
@@ -127,19 +127,6 @@ def new_row(case: Case, backend: str, pass_name: str, status: str = "ok", reason
         "peak_memory_mib": None,
         "error_ratio": None,
     }
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Tell memory that ran out, of a GPU or of the machine, from other failures."""
-    said = str(error).lower()
-    marks = ("out of memory", "can't allocate memory", "alloc_failed", "not enough memory")
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(mark in said for mark in marks)
-
-
-def one_line(error: BaseException) -> str:
-    """Shorten an error to one line of a table."""
-    said = " ".join(str(error).split())
-    return f"{type(error).__name__}: {said if len(said) <= 200 else said[:199] + '…'}"
 
 
 def release_memory() -> None:

@@ -27,8 +27,8 @@ from flashlab.attention import resolve
 from flashlab.attention.backends import BACKENDS
 from flashlab.bench.case import DTYPES, Case
 from flashlab.bench.flops import PASSES
-from flashlab.bench.measure import METHOD, Row, ceilings, measure, new_row, one_line, rehearse
-from flashlab.errors import Terminated, UserError, alone_in, terminable
+from flashlab.bench.measure import METHOD, Row, ceilings, measure, new_row, rehearse
+from flashlab.errors import Terminated, UserError, alone_in, one_line, terminable
 from flashlab.machine import provenance, write_result
 from flashlab.worker import Worker, WorkerLost
 

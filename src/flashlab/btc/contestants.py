@@ -22,6 +22,7 @@ from flashlab.btc.profile import FIRST_STEP, STEPS, summarise
 from flashlab.btc.published import PublishedModule, loader, write_windows
 from flashlab.btc.train import make_module
 from flashlab.btc.windows import part_windows
+from flashlab.errors import one_line
 from flashlab.training.batches import EndlessBatches, Shuffled
 from flashlab.training.run import read_record
 from flashlab.worker import Worker, WorkerLost, run_flashlab
@@ -78,7 +79,7 @@ def measure(cell: Cell, data: str, steps: int, folder: Path) -> Row:
         except WorkerLost as error:
             figures = {"status": "failed", "reason": str(error)}
         except Exception as error:  # whatever it is, the others are still measured
-            figures = {"status": "failed", "reason": f"{type(error).__name__}: {str(error).splitlines()[0][:300]}"}
+            figures = {"status": "failed", "reason": one_line(error)}
         finally:
             worker.stop()
     row |= figures

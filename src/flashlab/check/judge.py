@@ -28,6 +28,7 @@ from flashlab.attention import (
 from flashlab.check import oracle
 from flashlab.check.cases import Case, Inputs, describe, make_inputs, spoiled_outputs
 from flashlab.check.oracle import Results
+from flashlab.errors import is_out_of_memory, one_line
 
 BLOCK_ROWS = 128
 SMALLEST = 1e-30  # where a query sees nothing nothing is allowed, and ratios stay finite
@@ -107,7 +108,7 @@ class Judge:
         except Exception as error:  # whatever a kernel raises is a finding about it, and the other cases go on
             if is_out_of_memory(error):
                 return Verdict("oom", one_line(error), {})
-            return Verdict("wrong", f"raised {type(error).__name__}: {one_line(error)}", errors)
+            return Verdict("wrong", f"raised {one_line(error)}", errors)
         return Verdict("wrong", problems[0], errors) if problems else Verdict("ok", None, errors)
 
     def _run_and_compare(self, backend: str, with_grad: bool, errors: dict[str, Errors]) -> list[str]:
@@ -300,13 +301,3 @@ def _bits(x: Tensor) -> Tensor:
 
 def _describe(x: Tensor) -> str:
     return f"{x.dtype} {list(x.shape)} on {x.device}".removeprefix("torch.")
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Tell apart what another machine might do; the CPU has no error of its own for it."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-
-
-def one_line(error: Exception) -> str:
-    """Shorten an error's message to one line."""
-    return " ".join(str(error).split())[:300]

@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 import torch
 
 from flashlab.check.cases import Case, chosen_cases
-from flashlab.check.judge import Judge, Verdict, is_out_of_memory, one_line
+from flashlab.check.judge import Judge, Verdict
+from flashlab.errors import is_out_of_memory, one_line
 from flashlab.worker import Worker, WorkerLost
 
 COMPILED = ("flash_attention_4", "flex_attention", "auto")  # what auto chooses may be one of the others
@@ -145,8 +146,9 @@ def _run_alone(group: Sequence[Task], device: torch.device, log: Path) -> Iterat
                 try:
                     yield from worker.call(judge_all, [Task(case, (backend,))], str(device), timeout_s=TIMEOUT_S)
                 except Exception as error:
-                    words = "" if isinstance(error, DeviceLost | WorkerLost) else f"raised {type(error).__name__}: "
-                    yield Row(case, backend, Verdict("wrong", words + one_line(error), {}))
+                    is_lost = isinstance(error, DeviceLost | WorkerLost)
+                    reason = str(error) if is_lost else f"raised {one_line(error)}"
+                    yield Row(case, backend, Verdict("wrong", reason, {}))
                     worker.stop()
                     worker = None
     finally:
