@@ -1,4 +1,5 @@
 import json
+import os
 import shutil
 import sys
 from copy import deepcopy
@@ -330,7 +331,15 @@ def test_a_full_disk_and_a_small_shm_are_seen(doctor, monkeypatch):
 def test_folders_that_cannot_be_written_are_seen(doctor, monkeypatch, tmp_path):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))
     monkeypatch.setattr("os.access", lambda path, mode: not str(path).startswith(str(tmp_path)))
-    code, said = doctor("--path", str(tmp_path))
+    look = os.stat
+
+    def stat(path, **options):
+        if str(path).startswith(str(tmp_path / "runs")):
+            raise PermissionError
+        return look(path, **options)
+
+    monkeypatch.setattr("os.stat", stat)
+    code, said = doctor("--path", str(tmp_path / "runs"))
     problems = {problem["problem"]: problem["remedy"] for problem in said["problems"]}
     assert f"{tmp_path} cannot be written" in problems
     assert "export TRITON_CACHE_DIR=" in problems[f"the cache folder {tmp_path / 'triton'} cannot be written"]

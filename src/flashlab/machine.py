@@ -293,7 +293,8 @@ def _disk(path: Path) -> Facts:
 
 def _nearest_existing(path: Path) -> Path:
     absolute = path.expanduser().absolute()
-    return next(folder for folder in (absolute, *absolute.parents) if folder.is_dir())
+    above = (absolute, *absolute.parents)  # in a folder, maybe, that one may not enter
+    return next(folder for folder in above if os.path.isdir(folder))  # noqa: PTH112 - Path's raises there
 
 
 def _caches() -> Facts:
