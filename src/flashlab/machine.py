@@ -254,14 +254,18 @@ def _cpu() -> Facts:
     with suppress(OSError, StopIteration):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         model = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    cores = os.cpu_count() or 1
-    limits = [float(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else cores)]
+    return {"model": model, "cores": os.cpu_count() or 1, "usable_cores": usable_cores()}
+
+
+def usable_cores() -> int:
+    """Return how many cores this process may use: its affinity and a container's limit count, at least 1."""
+    limits = [float(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)]
     with suppress(OSError):  # no control groups outside Linux
         v1 = zip(_control_group("cpu", "cpu.cfs_quota_us"), _control_group("cpu", "cpu.cfs_period_us"), strict=True)
         for quota, period in [*_control_group("cpu", "cpu.max"), *(q + p for q, p in v1)]:
             if quota not in ("max", "-1"):
                 limits.append(int(quota) / int(period))
-    return {"model": model, "cores": cores, "usable_cores": max(1, int(min(limits)))}
+    return max(1, int(min(limits)))
 
 
 def memory() -> Facts:

@@ -9,6 +9,7 @@ import pytest
 import yaml
 from filelock import FileLock
 
+from flashlab import machine
 from flashlab.bench import sweep as module
 from flashlab.bench.case import Case
 from flashlab.bench.flops import PASSES
@@ -190,6 +191,13 @@ def test_a_second_sweep_into_the_same_folder_is_refused(run, made_up, tmp_path, 
     assert made_up.started == 0
     assert not run.path.exists()
     assert run() == 0
+
+
+def test_a_container_s_share_of_the_cores_compiles_ahead(tmp_path, monkeypatch):
+    (tmp_path / "cpu.max").write_text("600000 100000")
+    monkeypatch.setattr(machine, "CONTROL_GROUPS", tmp_path)
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(64)), raising=False)
+    assert module._jobs(None, "cuda") == 3
 
 
 @pytest.mark.parametrize(

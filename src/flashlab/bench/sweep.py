@@ -5,7 +5,6 @@ error, a crash, too long. Before that, several workers run what compiles its ker
 """
 
 import json
-import os
 import signal
 from collections import Counter
 from collections.abc import Iterable
@@ -29,7 +28,7 @@ from flashlab.bench.case import DTYPES, Case
 from flashlab.bench.flops import PASSES
 from flashlab.bench.measure import METHOD, Row, ceilings, measure, new_row, rehearse
 from flashlab.errors import Terminated, UserError, alone_in, one_line, terminable
-from flashlab.machine import provenance, write_result
+from flashlab.machine import provenance, usable_cores, write_result
 from flashlab.worker import Worker, WorkerLost
 
 FILE, LOG = "sweep.json", "workers.log"
@@ -380,7 +379,7 @@ def _jobs(asked: int | None, device: str) -> int:
     """Say how many processes compile ahead; where there are few cores, compiling ahead gains nothing."""
     if asked is not None:
         return asked
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = usable_cores()
     return min(cores // 2, 8) if cores > 2 and device == "cuda" else 0
 
 

@@ -4,7 +4,6 @@ Backends that compile take seconds for each kind of call, which workers share; a
 spoils its process for all that follow, which a worker contains.
 """
 
-import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from multiprocessing.connection import wait
@@ -17,6 +16,7 @@ import torch
 from flashlab.check.cases import Case, chosen_cases
 from flashlab.check.judge import Judge, Verdict
 from flashlab.errors import is_out_of_memory, one_line
+from flashlab.machine import usable_cores
 from flashlab.worker import Worker, WorkerLost
 
 COMPILED = ("flash_attention_4", "flex_attention", "auto")  # what auto chooses may be one of the others
@@ -157,6 +157,5 @@ def _run_alone(group: Sequence[Task], device: torch.device, log: Path) -> Iterat
 
 
 def _num_workers(device: torch.device) -> int:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     memory_gib = torch.cuda.mem_get_info(device)[0] / 2**30
-    return max(1, min(cores, int(memory_gib / MEMORY_GIB)))
+    return max(1, min(usable_cores(), int(memory_gib / MEMORY_GIB)))
