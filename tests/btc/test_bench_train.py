@@ -69,6 +69,7 @@ def test_a_loop_that_fails_leaves_its_reason(prepared, tmp_path):
         ("--configs no/such.yaml", "--configs no/such.yaml: there is no such file"),
         ("--contestants bare", "name both"),
         ("--data no/set", "no/set"),
+        ("--out bench.png", "--out bench.png: the result is JSON; name a file that ends in .json"),
     ],
 )
 def test_what_cannot_be_measured_is_refused_in_one_line(prepared, config, tmp_path, capsys, options, complaint):

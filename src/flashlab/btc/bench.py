@@ -54,12 +54,14 @@ def bench_train(
         batch_sizes: windows per step and GPU.
         devices: how many GPUs; on several only `flashlab train` is measured.
         steps: how many are timed; of the slower loops a quarter.
-        out: result file.
+        out: result file, .json.
 
     Raises:
         UserError: a file or folder cannot be used, or there are fewer GPUs.
     """
     open_set(data)
+    if out.suffix != ".json":  # the picture's name is this one with another ending
+        raise UserError(f"--out {out}: the result is JSON; name a file that ends in .json")
     for config in configs:
         if not config.is_file():
             raise UserError(f"--configs {config}: there is no such file; name configurations of `flashlab train`")
