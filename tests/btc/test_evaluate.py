@@ -93,6 +93,15 @@ def test_no_forecast_sees_its_own_bar_or_a_later_one(run, bars_csv, prepared, tm
         assert (after[name][~past] != before[name][~past]).any(axis=1).all()
 
 
+def test_no_baseline_reads_across_a_gap(run, bars_csv, tmp_path):
+    bars = pd.read_csv(bars_csv)
+    pd.concat([bars[:-550], bars[-250:]]).to_csv(tmp_path / "gap.csv", index=False)
+    prepare([tmp_path / "gap.csv"], out=tmp_path / "set", context_length=32)
+    _, arrays = evaluate(run, "--data", tmp_path / "set")
+    after = arrays["minute"] - bars["Timestamp"].iloc[-250] // 60
+    assert after[after >= 0].min() >= LAGS
+
+
 def test_batches_and_checkpoints_can_be_chosen(run):
     _, best = evaluate(run)
     _, in_sevens = evaluate(run, "--batch_size", 7)

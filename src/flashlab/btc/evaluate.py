@@ -62,7 +62,8 @@ def evaluate(
     bars = prepared.bars()
     log_bars = log_features(bars.values)
     mask_filled = prepared.manifest["missing"]["mask_filled"]
-    counts = rows >= LAGS  # which all baselines can forecast
+    begins = np.array(prepared.manifest["segments"])[:, 0]
+    counts = rows - begins[np.searchsorted(begins, rows, "right") - 1] >= LAGS  # which all baselines can forecast
     if mask_filled:
         counts &= bars.observed[rows]
     rows, forecast = rows[counts], forecast[counts]
