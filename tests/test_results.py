@@ -49,6 +49,9 @@ def test_pages_follow_the_files(capsys):
         ("<!-- results: btc small.json -->\n" + BLOCK.format("small.json", ""), r"README\.md, line 1: the block"),
         ("<!-- results: btd small.json -->\n<!-- /results -->\n", r"README\.md: no renderer 'btd'.*did you mean 'btc'"),
         (BLOCK.format("gone.json", ""), r"assets/results/gone\.json: No such file"),
+        ("<!-- results: prepare gone.json -->\n<!-- /results -->\n", "block `prepare gone.json`.*FileNotFoundError"),
+        ("<!-- results: prepare small.json -->\n<!-- /results -->\n", "block `prepare small.json`.*'time_ratio'"),
+        ("<!-- results: prepare -->\n<!-- /results -->\n", "block `prepare`.*name the files that it takes"),
     ],
 )
 def test_a_block_that_cannot_be_rendered_leaves_every_page(readme, complaint):

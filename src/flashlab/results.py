@@ -20,7 +20,7 @@ from flashlab.bench.analysis import describe_machine, read
 from flashlab.bench.claims import claims, markdown, published, sweep_tables
 from flashlab.btc.bench import efficiency, name_of
 from flashlab.btc.metrics import COMPARISONS, TITLES, comparisons, load_metrics, number, time_range
-from flashlab.errors import UserError, write_text
+from flashlab.errors import UserError, one_line, write_text
 from flashlab.gpt2 import report as gpt2
 from flashlab.report import Table
 
@@ -68,7 +68,13 @@ def update(page: Path) -> tuple[str, list[str]]:
         if renderer not in RENDERERS:
             nearest = difflib.get_close_matches(renderer, RENDERERS, n=1, cutoff=0.0)[0]
             raise UserError(f"{page}: no renderer {renderer!r} for the block `{name}`; did you mean {nearest!r}?")
-        rendered = RENDERERS[renderer](*(FOLDER / file for file in files))
+        try:
+            rendered = RENDERERS[renderer](*(FOLDER / file for file in files))
+        except (OSError, LookupError, TypeError, ValueError, AttributeError) as error:  # files may lack anything
+            raise UserError(
+                f"{page}: cannot render the block `{name}` ({one_line(error)}); name the files that it takes, or "
+                "measure them anew"
+            ) from error
         if rendered != shown:
             stale.append(name)
         return f"<!-- results: {name} -->\n{rendered}<!-- /results -->"
