@@ -7,6 +7,7 @@ import ast
 import contextlib
 import os
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -111,6 +112,24 @@ def test_example_parses_and_unknown_keys_do_not(path, tmp_path):
     (wrong := tmp_path / "wrong.yaml").write_text(path.read_text() + "\nno_such_key: 1\n")
     with pytest.raises(UserError, match="no_such_key"):
         parse([*command.split(), "--config", str(wrong)])
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        ("attention_bench/overhead.py --backends [sdpa_flsh]", "--backends: there is no 'sdpa_flsh'; there are"),
+        ("attention_bench/overhead.py --rounds 0", "rounds"),
+        ("attention_bench/overhead.py --json pyproject.toml/x.json", "cannot write pyproject.toml/x.json: "),
+        ("btc_forecast/bench_predict.py --json pyproject.toml/x.json", "cannot write pyproject.toml/x.json: "),
+        ("btc_forecast/bench_prepare.py bars.csv --json pyproject.toml/x.json", "cannot write pyproject.toml/x.json: "),
+    ],
+)
+def test_a_script_refuses_a_mistake_before_it_measures(words, complaint, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", words.split())
+    with pytest.raises(SystemExit, match="2"):
+        runpy.run_path(str(ROOT / "examples" / sys.argv[0]), run_name="__main__")
+    assert complaint in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("argv", named("flashlab"), ids=" ".join)

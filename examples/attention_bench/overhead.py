@@ -4,7 +4,6 @@ import shlex
 import sys
 from collections.abc import Callable
 from functools import partial
-from json import dumps
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -13,6 +12,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from jsonargparse import auto_cli
+from jsonargparse.typing import PositiveInt
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -23,8 +23,8 @@ from flashlab.attention.backends import BACKENDS, why_not
 from flashlab.attention.spec import AttentionSpec, Options
 from flashlab.bench.sweep import choose_device
 from flashlab.cli import script
-from flashlab.errors import one_line
-from flashlab.machine import provenance
+from flashlab.errors import UserError, check_writable, one_line
+from flashlab.machine import provenance, write_result
 
 SHAPE = {"batch_size": 1, "seqlen_q": 1, "seqlen_k": 128, "num_heads": 8, "head_dim": 64}  # one token of decoding
 KERNELS = {
@@ -47,8 +47,8 @@ def overhead(
     *,
     device: Literal["auto", "cpu", "cuda"] = "auto",
     backends: list[str] | None = None,
-    rounds: int = 30,
-    calls: int = 100,
+    rounds: PositiveInt = 30,
+    calls: PositiveInt = 100,
     compiled: bool = True,
     json: Path | None = None,
 ) -> None:
@@ -64,8 +64,11 @@ def overhead(
         compiled: measure under torch.compile too, which compiles for seconds.
         json: file to write the figures to.
     """
-    if json and json.is_dir():
-        sys.exit(f"--json {json} is a folder: name a file")
+    for name in backends or []:
+        if name not in BACKENDS:
+            raise UserError(f"--backends: there is no {name!r}; there are {', '.join(BACKENDS)}")
+    if json:
+        check_writable("--json", json)
     place = torch.device(choose_device(device))
     dtype = torch.bfloat16 if place.type == "cuda" else torch.float32
     spec = AttentionSpec(
@@ -82,7 +85,7 @@ def overhead(
         command = shlex.join(["python", "examples/attention_bench/overhead.py", *sys.argv[1:]])
         config = {"shape": SHAPE, "dtype": str(dtype).removeprefix("torch."), "rounds": rounds, "calls": calls}
         result = provenance("attention_overhead") | {"command": command, "method": METHOD, "config": config}
-        json.write_text(dumps(result | {"rows": rows}, indent=1) + "\n")
+        write_result(json, result | {"rows": rows})
 
 
 def inputs(spec: AttentionSpec) -> tuple[Tensor, Tensor, Tensor]:

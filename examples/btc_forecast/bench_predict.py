@@ -7,16 +7,18 @@ from time import perf_counter
 import numpy as np
 import torch
 from jsonargparse import auto_cli
+from jsonargparse.typing import PositiveInt
 
 from flashlab.btc.bars import FEATURES
 from flashlab.btc.model import Forecaster, ModelConfig
 from flashlab.btc.simulate import simulate_bars
 from flashlab.btc.stream import Stream
 from flashlab.cli import script
+from flashlab.errors import check_writable, write_text
 
 
 @torch.inference_mode()
-def bench(*, context_length: int = 2048, samples: int = 8, json: Path | None = None) -> None:
+def bench(*, context_length: PositiveInt = 2048, samples: PositiveInt = 8, json: Path | None = None) -> None:
     """Print bars/s of both with the default model's shape, and their ratio.
 
     Args:
@@ -24,6 +26,8 @@ def bench(*, context_length: int = 2048, samples: int = 8, json: Path | None = N
         samples: windows of which the whole forward is timed, from half a context to a whole one.
         json: file to write the figures to.
     """
+    if json:
+        check_writable("--json", json)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     forecaster = Forecaster(ModelConfig(), [9.0] * 5, [1.0] * 5).to(device).eval()
     columns = [name.capitalize() for name in FEATURES]
@@ -47,7 +51,7 @@ def bench(*, context_length: int = 2048, samples: int = 8, json: Path | None = N
     figures = {"stream_bars_per_s": streamed, "forward_bars_per_s": whole, "ratio": streamed / whole}
     print(*(f"{name:20} {value:8.1f}" for name, value in figures.items()), sep="\n")
     if json:
-        json.write_text(dumps({"device": device, "context_length": context_length} | figures, indent=1))
+        write_text(json, dumps({"device": device, "context_length": context_length} | figures, indent=1))
 
 
 if __name__ == "__main__":

@@ -9,12 +9,14 @@ from time import perf_counter
 
 import pandas as pd
 from jsonargparse import auto_cli
+from jsonargparse.typing import PositiveInt
 
 from flashlab.btc.prepare import open_set, prepare
 from flashlab.cli import script
+from flashlab.errors import check_writable, write_text
 
 
-def bench(src: Path, *, rounds: int = 5, json: Path | None = None) -> None:
+def bench(src: Path, *, rounds: PositiveInt = 5, json: Path | None = None) -> None:
     """Print the time of both, the peak memory of preparing and the bytes that it stores.
 
     Args:
@@ -22,6 +24,8 @@ def bench(src: Path, *, rounds: int = 5, json: Path | None = None) -> None:
         rounds: how often both are timed; the medians count.
         json: file to write the figures to.
     """
+    if json:
+        check_writable("--json", json)
     seconds: dict[str, list[float]] = {"read_csv": [], "prepare": []}
     with tempfile.TemporaryDirectory() as out:
         prepare([src], out=Path(out))  # imports what it needs, untimed
@@ -46,7 +50,7 @@ def bench(src: Path, *, rounds: int = 5, json: Path | None = None) -> None:
     }
     print(*(f"{name:20} {value:8.3f}" for name, value in figures.items()), sep="\n")
     if json:
-        json.write_text(dumps({"source": src.name, "rounds": rounds} | figures, indent=1))
+        write_text(json, dumps({"source": src.name, "rounds": rounds} | figures, indent=1))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from socket import gethostname
+from tempfile import TemporaryFile
 from types import FrameType
 from typing import TextIO
 
@@ -83,6 +84,23 @@ def replacing(path: Path) -> Iterator[Path]:
             partial.replace(path)
         finally:
             partial.unlink(missing_ok=True)
+
+
+def check_writable(option: str, path: Path) -> None:
+    """Make sure that a file can be written, not after minutes of work; its folder is made where it is missing.
+
+    Args:
+        option: that names it.
+        path: the file.
+
+    Raises:
+        UserError: it is a folder, or as of `writing`.
+    """
+    with writing(path):
+        if path.is_dir():
+            raise UserError(f"{option} {path} is a folder: name a file")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        TemporaryFile(dir=path.parent).close()
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from flashlab.attention import auto
 from flashlab.bench import sweep as sweeps
 from flashlab.bench.analysis import read
 from flashlab.bench.sweep import Grid, choose_device
-from flashlab.errors import UserError, writing
+from flashlab.errors import UserError, check_writable
 from flashlab.machine import write_result
 
 Facts = dict[str, Any]
@@ -66,10 +66,7 @@ def tune(
     place: Any = choose_device(device) if sweep is None else "cuda"
     path = out or auto.tuned_path(torch.device(place))
     checked = read(check, "attention_check", "flashlab check --json")["rows"] if check else []
-    with writing(path):
-        if path.is_dir():
-            raise UserError(f"--out {path} is a folder: name a file")
-        path.parent.mkdir(parents=True, exist_ok=True)
+    check_writable("--out", path)
     measured = path.with_name(f".{path.name}.tune")  # a name that nobody gives a sweep of their own
     if sweep is None and (code := _measure(place, quick, measured)) > 1:
         return code

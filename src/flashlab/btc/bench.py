@@ -15,7 +15,7 @@ from flashlab.btc.contestants import Cell, Contestant, measure
 from flashlab.btc.figures import MODEL
 from flashlab.btc.prepare import open_set
 from flashlab.btc.profile import STEPS
-from flashlab.errors import UserError, replacing, terminable
+from flashlab.errors import UserError, check_writable, replacing, terminable
 from flashlab.machine import provenance, write_result
 from flashlab.report import NEUTRAL, STYLE, WIDTH
 
@@ -69,6 +69,7 @@ def bench_train(
         raise UserError(f"--devices {max(devices)}: this machine has {torch.cuda.device_count()} GPU(s)")
     if "bare" in contestants and "captured" not in contestants:
         raise UserError("--contestants: the bare step takes its configuration from the captured run; name both")
+    check_writable("--out", out)
     cells = dict.fromkeys(
         Cell(name, None if name == "published" else config, batch_size, count)
         for config in configs

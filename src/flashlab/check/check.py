@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from tempfile import TemporaryFile
 from time import monotonic
 from typing import Any, Literal
 
@@ -20,7 +19,7 @@ from flashlab.attention.backends import BACKENDS, why_not
 from flashlab.check.cases import DTYPES, describe, parse
 from flashlab.check.judge import SMALLEST, Errors
 from flashlab.check.run import Row, Task, plan, run
-from flashlab.errors import UserError, writing
+from flashlab.errors import UserError, check_writable
 from flashlab.machine import provenance, write_result
 
 METHOD = (
@@ -68,11 +67,7 @@ def check(
     if not tasks:
         raise UserError(_no_case({"dtype": dtype, "head_dim": head_dim}, planned))
     if json is not None:
-        with writing(json):  # not after minutes of work
-            if json.is_dir():
-                raise UserError(f"--json {json} is a folder: name a file")
-            json.parent.mkdir(parents=True, exist_ok=True)
-            TemporaryFile(dir=json.parent).close()
+        check_writable("--json", json)
     console = Console()
     example = seed_example(on)
     console.print(example, markup=False, highlight=False, soft_wrap=True)
