@@ -5,7 +5,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from socket import gethostname
 from tempfile import TemporaryFile
@@ -107,6 +107,8 @@ def check_writable(option: str, path: Path) -> None:
 def alone_in(folder: Path, busy: str) -> Iterator[None]:
     """Make a folder and keep every other process that asks out of it, in other containers too.
 
+    What was made is taken away again if nothing came to be in it.
+
     Args:
         folder: where they write.
         busy: what to say to the second: a verb, and the remedy.
@@ -115,15 +117,22 @@ def alone_in(folder: Path, busy: str) -> Iterator[None]:
         UserError: somebody is there, or as of `writing`.
     """
     lock = FileLock(folder / LOCK)
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            raise UserError(f"{folder} {busy}") from None
+    created: list[Path] = []
     try:
+        with writing(folder):
+            created = [path for path in (folder, *folder.parents) if not path.exists()]
+            folder.mkdir(parents=True, exist_ok=True)
+            try:
+                lock.acquire(timeout=0)
+            except Timeout:
+                raise UserError(f"{folder} {busy}") from None
         yield
     finally:
+        with suppress(OSError):
+            if lock.is_locked and all(path.name == LOCK for path in folder.iterdir()):
+                (folder / LOCK).unlink(missing_ok=True)
+            for path in created:
+                path.rmdir()  # refused where there is something in it
         lock.release()
 
 

@@ -12,7 +12,7 @@ import tempfile
 import uuid
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import cached_property
@@ -20,19 +20,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from filelock import FileLock, Timeout
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 
 from flashlab import __version__
 from flashlab.btc.bars import FEATURES, Bars, fill_missing, log_features, read_bars, segments
 from flashlab.btc.windows import PARTS, overlap, part_windows
-from flashlab.errors import UserError, replacing, writing
+from flashlab.errors import UserError, alone_in, replacing, writing
 from flashlab.object_storage import open_storage
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
 INDEX = "index.json"  # litdata's, beside its chunks
-LOCK = ".lock"
 BAR_BYTES = 4 * (1 + len(FEATURES))  # int32 minute, float32 values
 BLOCK_BARS = 16_384  # one litdata item, at most 393 kB: a window of 2048 touches at most two
 CHUNK_BLOCKS = 20  # one litdata chunk, at most 8 MB
@@ -112,7 +110,7 @@ def prepare(
     """
     if split == "seed" and (validation_start or test_start):
         raise UserError("--split seed draws windows at random: drop --validation_start and --test_start")
-    with _alone_in(out):
+    with alone_in(out, "is being written by another prepare; wait for it, or choose another --out"):
         bars, cleaning = read_bars(src)
         filled = fill_missing(bars, max_gap) if missing == "fill" else bars
         runs = segments(filled) if missing == "fill" else np.array([[0, len(filled)]])
@@ -266,31 +264,6 @@ def _require_windows(manifest: dict[str, Any], src: list[Path]) -> None:
                 f"{', '.join(map(str, src))}: {manifest['bars']:,} bars leave no window of {length:,} + 1 consecutive "
                 f"bars for the {part} part; give more bars, a smaller --context_length or a larger --max_gap"
             )
-
-
-@contextmanager
-def _alone_in(out: Path) -> Iterator[None]:
-    """Create the folder and keep every other prepare out of it; take it away again if no set came to be in it."""
-    lock = FileLock(out / LOCK)
-    created: list[Path] = []
-    try:
-        with writing(out):
-            created = [folder for folder in (out, *out.parents) if not folder.exists()]
-            out.mkdir(parents=True, exist_ok=True)
-            try:
-                lock.acquire(timeout=0)
-            except Timeout:
-                raise UserError(
-                    f"{out} is being written by another prepare; wait for it, or choose another --out"
-                ) from None
-        yield
-    finally:
-        with suppress(OSError):
-            if lock.is_locked and not (out / MANIFEST).exists():
-                (out / LOCK).unlink()
-            for folder in created:
-                folder.rmdir()  # refused where there is something in it
-        lock.release()
 
 
 def _store(bars: Bars, manifest: dict[str, Any], out: Path) -> None:
