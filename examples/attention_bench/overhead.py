@@ -21,10 +21,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from flashlab.attention import attention
 from flashlab.attention.backends import BACKENDS, why_not
 from flashlab.attention.spec import AttentionSpec, Options
-from flashlab.bench.sweep import choose_device
 from flashlab.cli import script
 from flashlab.errors import UserError, check_writable, one_line
-from flashlab.machine import provenance, write_result
+from flashlab.machine import choose_device, provenance, write_result
 
 SHAPE = {"batch_size": 1, "seqlen_q": 1, "seqlen_k": 128, "num_heads": 8, "head_dim": 64}  # one token of decoding
 KERNELS = {

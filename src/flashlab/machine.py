@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from flashlab import __version__
-from flashlab.errors import one_line, write_text
+from flashlab.errors import UserError, one_line, write_text
 
 Facts = dict[str, Any]
 
@@ -283,6 +283,20 @@ def memory() -> Facts:
         "usable_gib": round(usable / GIB, 1),
         "available_gib": round(min(virtual.available, usable) / GIB, 1),
     }
+
+
+def choose_device(asked: str) -> str:
+    """Return "cuda" or "cpu".
+
+    Raises:
+        UserError: a GPU is asked for and there is none.
+    """
+    import torch
+
+    found = torch.cuda.is_available()
+    if asked == "cuda" and not found:
+        raise UserError("--device cuda: torch sees no CUDA device (`flashlab doctor` says why); use --device cpu")
+    return ("cuda" if found else "cpu") if asked == "auto" else asked
 
 
 def _shm() -> Facts | None:

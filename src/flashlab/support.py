@@ -11,7 +11,7 @@ from rich.table import Table
 from flashlab import results
 from flashlab.attention import support
 from flashlab.errors import UserError
-from flashlab.machine import provenance, write_result
+from flashlab.machine import choose_device, provenance, write_result
 
 PAGE = Path("docs/attention.md")
 
@@ -24,15 +24,12 @@ def backends(*, device: Literal["auto", "cpu", "cuda"] = "auto", json: Path | No
         json: Write the facts to this file as well.
         docs: Write them to assets/results as well, and their table into docs/attention.md.
     """
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: torch sees no CUDA device (`flashlab doctor` says why)")
-    name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
+    place = choose_device(device)
+    name = torch.cuda.get_device_name() if place == "cuda" else "CPU"
     kept = results.FOLDER / f"support_{re.sub(r'[^a-z0-9]+', '_', name.lower())}.json"
     if docs:
         _check_page(f"<!-- results: support {kept.name} -->")
-    rows = support.examine(torch.device(device))
+    rows = support.examine(torch.device(place))
     _print(name, rows)
     facts = {**provenance("attention_support"), "device": name, "call": support.PLAIN, "rows": rows}
     for path in ([json] if json else []) + ([kept] if docs else []):

@@ -12,9 +12,8 @@ from flashlab.attention import resolve
 from flashlab.bench.case import Case
 from flashlab.bench.flops import PASSES
 from flashlab.bench.measure import METHOD, WARMUP_CALLS, Row, measure
-from flashlab.bench.sweep import choose_device
 from flashlab.errors import UserError, write_text
-from flashlab.machine import provenance
+from flashlab.machine import choose_device, provenance
 
 FIGURES = {  # what is printed -> its key in a row
     "ms": "latency_ms",

@@ -15,7 +15,6 @@ from pathlib import Path
 from time import monotonic
 from typing import Any, Literal, NamedTuple
 
-import torch
 from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt
 from rich.console import Console
 from rich.markup import escape
@@ -28,7 +27,7 @@ from flashlab.bench.case import DTYPES, Case
 from flashlab.bench.flops import PASSES
 from flashlab.bench.measure import METHOD, Row, ceilings, measure, new_row, rehearse
 from flashlab.errors import Terminated, UserError, alone_in, one_line, terminable
-from flashlab.machine import provenance, usable_cores, write_result
+from flashlab.machine import choose_device, provenance, usable_cores, write_result
 from flashlab.worker import Worker, WorkerLost
 
 FILE, LOG = "sweep.json", "workers.log"
@@ -141,18 +140,6 @@ def _sweep(result: "_Result", jobs: int, timeout_s: float, options: dict[str, An
     listed = ", ".join(f"{count} {status}" for status, count in counts.most_common())
     console.print(f"{result.path}: {listed}", soft_wrap=True)
     return int(counts["wrong"] > 0)
-
-
-def choose_device(asked: str) -> str:
-    """Return "cuda" or "cpu".
-
-    Raises:
-        UserError: a GPU is asked for and there is none.
-    """
-    found = torch.cuda.is_available()
-    if asked == "cuda" and not found:
-        raise UserError("--device cuda: torch sees no CUDA device (`flashlab doctor` says why); use --device cpu")
-    return ("cuda" if found else "cpu") if asked == "auto" else asked
 
 
 def expand(grids: list[Grid], device: str) -> list[Cell]:

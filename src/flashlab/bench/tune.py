@@ -12,9 +12,9 @@ from rich.table import Table
 from flashlab.attention import auto
 from flashlab.bench import sweep as sweeps
 from flashlab.bench.analysis import read
-from flashlab.bench.sweep import Grid, choose_device
+from flashlab.bench.sweep import Grid
 from flashlab.errors import UserError, check_writable
-from flashlab.machine import write_result
+from flashlab.machine import choose_device, write_result
 
 Facts = dict[str, Any]
 Row = dict[str, Any]

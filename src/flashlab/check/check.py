@@ -20,7 +20,7 @@ from flashlab.check.cases import DTYPES, describe, parse
 from flashlab.check.judge import SMALLEST, Errors
 from flashlab.check.run import Row, Task, plan, run
 from flashlab.errors import UserError, check_writable
-from flashlab.machine import provenance, write_result
+from flashlab.machine import choose_device, provenance, write_result
 
 METHOD = (
     "Every result is compared with standard attention in float64. Rule 1: its largest error is at most `allowed`, "
@@ -59,7 +59,8 @@ def check(
     """
     if quick and full:
         raise UserError("--quick and --full exclude each other: choose one")
-    on, backends = _device(device), _known("--backend", backend, ["auto", *BACKENDS]) or [*BACKENDS, "auto"]
+    on = torch.device(choose_device(device))
+    backends = _known("--backend", backend, ["auto", *BACKENDS]) or [*BACKENDS, "auto"]
     cases = [parse(name) for name in case or []]
     dtypes = _known("--dtype", dtype, DTYPES) or DTYPES
     planned = plan(backends, cases, on, full=full)
@@ -200,12 +201,6 @@ def _no_case(asked: dict[str, Any], planned: Sequence[Task]) -> str:
     wanted = (f"{name} {', '.join(map(str, values))}" for name, values in asked.items() if values)
     there = (f"{name} {', '.join(map(str, sorted({getattr(task.case, name) for task in planned})))}" for name in asked)
     return f"none of the cases has {' and '.join(wanted)}: there are {' and '.join(there)}; --case takes any"
-
-
-def _device(asked: str) -> torch.device:
-    if asked == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: torch sees no CUDA device (`flashlab doctor` says why)")
-    return torch.device("cuda" if asked == "auto" and torch.cuda.is_available() else asked.replace("auto", "cpu"))
 
 
 def _as_json(row: Row, device: torch.device) -> dict[str, Any]:
