@@ -1,11 +1,16 @@
 import json
+from dataclasses import asdict
 
 import pytest
 import torch
 import yaml
 
+from flashlab.btc import contestants
 from flashlab.btc.bench import bench_train, draw, efficiency
 from flashlab.btc.contestants import Cell, measure
+from flashlab.btc.dataset import DataConfig
+from flashlab.btc.model import ModelConfig
+from flashlab.btc.module import ForecasterModule, OptimizerConfig
 from flashlab.btc.profile import union
 from flashlab.cli import main
 
@@ -61,6 +66,23 @@ def test_a_loop_that_fails_leaves_its_reason(prepared, tmp_path):
     row = measure(Cell("plain", broken, 4, 1), str(prepared), 10, tmp_path)
     assert row["status"] == "unsupported"
     assert row["reason"].startswith("--model.num_heads 2 must divide --model.width 15 ")
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.9])
+def test_the_bare_step_averages_weights_where_training_does(decay, prepared, tmp_path, monkeypatch):
+    class Step(Exception):  # noqa: N818 - stands for the step, which needs a GPU
+        pass
+
+    def step(loss, optimizer, clip, dtype, after=None):
+        raise Step(after is not None)
+
+    monkeypatch.setattr(contestants, "CapturedStep", step)
+    monkeypatch.setattr(ForecasterModule, "cuda", lambda module: module)
+    config = {"data": asdict(DataConfig(path=str(prepared), **TINY["data"])), "model": asdict(ModelConfig())}
+    config |= {"optimizer": asdict(OptimizerConfig(average_decay=decay)), "trainer": {"gradient_clip_val": 0.5}}
+    (tmp_path / "config.yaml").write_text(json.dumps(config))
+    with pytest.raises(Step, match=str(decay > 0)):
+        contestants.bare_step(str(prepared), 4, 10, tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -138,8 +138,9 @@ def bare_step(data: str, batch_size: int, steps: int, run: Path) -> Row:
     options = DataConfig(**config["data"])
     module = make_module(config, prepared).cuda()
     optimizer = module.make_optimizer()
-    average = AverageWeights(module.config.average_decay)
-    average.setup(None, module, "fit")  # type: ignore[arg-type]
+    average = AverageWeights(module.config.average_decay) if module.config.average_decay else None
+    if average:
+        average.setup(None, module, "fit")  # type: ignore[arg-type]
     starts = part_windows(prepared.manifest, "train", options.context_length, options.stride)
     windows = Windows(prepared, starts, options.context_length, mirror=options.mirror)
     read = windows.resident(module.device)
@@ -148,7 +149,7 @@ def bare_step(data: str, batch_size: int, steps: int, run: Path) -> Row:
         optimizer,
         config["trainer"]["gradient_clip_val"],
         torch.bfloat16,
-        lambda: average.update(module),
+        (lambda: average.update(module)) if average else None,
     )
     warm_up = FIRST_STEP
     batches = EndlessBatches(Shuffled(len(windows), config["seed"]), batch_size, warm_up + steps + STEPS)
