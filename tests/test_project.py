@@ -29,7 +29,7 @@ PAGES = [README, *sorted([*ROOT.glob("C*.md"), *ROOT.glob("docs/**/*.md"), *ROOT
 
 # folder of examples/ -> the command that takes its YAML files
 COMMAND_OF_EXAMPLES = {"btc_forecast": "train", "attention_bench": "bench sweep", "gpt2": "gpt2 train"}
-# Of the others, tests/btc/test_world.py reads the manifest of examples/cluster.
+# Of the others, tests/training/test_world.py reads the manifest of examples/cluster.
 EXAMPLES = [path for path in sorted(ROOT.glob("examples/**/*.yaml")) if path.parent.name != "cluster"]
 MAY_IMPORT = {  # part of the package -> the parts it may import
     "errors": set(),
