@@ -161,8 +161,24 @@ def print_now(text: str, *, end: str = "\n", file: TextIO | None = None) -> bool
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Tell memory that ran out, of a GPU or of the machine, from other failures."""
-    marks = ("out of memory", "can't allocate memory", "alloc_failed", "not enough memory")
-    return isinstance(error, MemoryError) or any(mark in str(error).lower() for mark in marks)
+    said = f"{type(error).__name__}: {error}".lower()
+    marks = ("memoryerror", "out of memory", "can't allocate memory", "alloc_failed", "not enough memory")
+    return any(mark in said for mark in marks)
+
+
+@contextmanager
+def enough_memory(remedy: str) -> Iterator[None]:
+    """Turn memory that ran out into a `UserError`, which ends with what to do.
+
+    Raises:
+        UserError: it ran out.
+    """
+    try:
+        yield
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise UserError(f"the memory does not suffice ({one_line(error)}); {remedy}") from error
+        raise
 
 
 def one_line(error: BaseException) -> str:

@@ -367,6 +367,15 @@ def test_a_reader_that_goes_away_does_not_end_training(token_set, tmp_path):
     assert json.loads((tmp_path / "run/run.json").read_text())["finished"]["steps"] == 22
 
 
+def test_memory_that_runs_out_is_one_line(train, tmp_path, monkeypatch, capsys):
+    def step(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.")
+
+    monkeypatch.setattr(GPTModule, "training_step", step)
+    assert train(tmp_path / "run") == 2
+    assert re.search(r"memory does not suffice .*9 GiB.\); take a smaller --data.batch_size", only_line(capsys))
+
+
 def test_a_compiler_that_is_missing_is_named(train, tmp_path, monkeypatch, capsys):
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setattr(shutil, "which", lambda name: None)

@@ -26,7 +26,7 @@ from flashlab.attention.backends import BACKENDS
 from flashlab.bench.case import DTYPES, Case
 from flashlab.bench.flops import PASSES
 from flashlab.bench.measure import METHOD, Row, ceilings, measure, new_row, rehearse
-from flashlab.errors import Terminated, UserError, alone_in, one_line, terminable
+from flashlab.errors import Terminated, UserError, alone_in, one_line
 from flashlab.machine import choose_device, provenance, usable_cores, write_result
 from flashlab.worker import Worker, WorkerLost
 
@@ -129,7 +129,7 @@ def _sweep(result: "_Result", jobs: int, timeout_s: float, options: dict[str, An
     console.print(f"{len(cells)} measurements{resumed}{estimate}")
     try:
         if todo:
-            with terminable(), _progress(console) as progress:
+            with _progress(console) as progress:
                 _run(result, todo, jobs, timeout_s, options, progress)
     except KeyboardInterrupt as error:
         console.print(f"stopped after {len(result.rows)} of {len(cells)}: the same command measures the others")

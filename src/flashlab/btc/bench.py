@@ -15,7 +15,7 @@ from flashlab.btc.contestants import Cell, Contestant, measure
 from flashlab.btc.figures import MODEL
 from flashlab.btc.prepare import open_set
 from flashlab.btc.profile import STEPS
-from flashlab.errors import UserError, check_writable, replacing, terminable
+from flashlab.errors import UserError, check_writable, replacing
 from flashlab.machine import provenance, write_result
 from flashlab.report import NEUTRAL, STYLE, WIDTH
 
@@ -80,7 +80,7 @@ def bench_train(
     )
     record: dict[str, Any] = provenance("btc_train_bench") | {"method": METHOD, "rows": []}
     console = Console(highlight=False)
-    with terminable(), TemporaryDirectory(prefix="flashlab-") as folder:
+    with TemporaryDirectory(prefix="flashlab-") as folder:
         for number, cell in enumerate(cells, 1):
             with console.status(f"{number} of {len(cells)}: {cell.contestant}, {cell.devices} x {cell.batch_size}"):
                 timed = steps if cell.contestant in ("captured", "bare") else -(-steps // 4)

@@ -31,12 +31,13 @@ from rich.progress import (
 )
 
 from flashlab import __version__
-from flashlab.errors import LOCK, UserError, alone_in, write_text, writing
+from flashlab.errors import UserError, alone_in, write_text, writing
 from flashlab.gpt2.documents import Document, Undecodable
 from flashlab.gpt2.encode import Encoded, Encoder, encode_in_order
 from flashlab.gpt2.sources import EXTENSIONS, Position, Source, open_source
 from flashlab.gpt2.tokenizer import VOCABULARY, BytePairTokenizer, TokenizerName, load_tokenizer
 from flashlab.gpt2.tokens import KIND, MANIFEST, SCHEMA_VERSION, checksum, damage_of, open_set, write_index, write_shard
+from flashlab.machine import usable_cores
 
 VALIDATION = 0.0005
 VALIDATION_EMBEDDED = 0.05  # of a few hundred documents
@@ -133,31 +134,21 @@ def prepare(
 
 def _processes(source: Source, shard_bytes: int) -> int:
     """Return one process per core, or fewer for little text: each takes half a second to start."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if source.total_bytes is None:
-        return cores
-    return min(cores, 1 + 4 * source.total_bytes // shard_bytes)  # 4: it may be compressed
+        return usable_cores()
+    return min(usable_cores(), 1 + 4 * source.total_bytes // shard_bytes)  # 4: it may be compressed
 
 
 @contextmanager
 def _alone_in(out: Path, folder: str) -> Iterator[Path]:
     """Keep every other prepare out of the folder; take away what was made if not one shard came of it."""
-    with writing(out):
-        created = [path for path in (out, *out.parents) if not path.exists()]
     work = out / folder
-    try:
-        with alone_in(out, "is being written by another prepare; wait for it, or choose another --out"):
-            try:
-                yield work
-            finally:
-                if not (work / DONE).exists() or not (work / DONE).stat().st_size:
-                    shutil.rmtree(work, ignore_errors=True)
-                if all(path.name == LOCK for path in out.iterdir()):
-                    (out / LOCK).unlink(missing_ok=True)
-    finally:
-        for path in created:
-            with suppress(OSError):
-                path.rmdir()  # refused where there is something in it
+    with alone_in(out, "is being written by another prepare; wait for it, or choose another --out"):
+        try:
+            yield work
+        finally:
+            if not (work / DONE).exists() or not (work / DONE).stat().st_size:
+                shutil.rmtree(work, ignore_errors=True)
 
 
 def _whole(out: Path, folder: str) -> dict[str, Any] | None:

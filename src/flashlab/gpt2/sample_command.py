@@ -16,7 +16,7 @@ from jsonargparse.typing import PositiveInt, restricted_number_type
 from rich.console import Console
 from rich.progress import track
 
-from flashlab.errors import UserError, print_now, write_text
+from flashlab.errors import UserError, enough_memory, print_now, write_text
 from flashlab.gpt2 import huggingface
 from flashlab.gpt2.model import GPT, CausalSelfAttention
 from flashlab.gpt2.module import load_gpt
@@ -97,16 +97,17 @@ def sample(
         seed=seed,
         stop=tokenizer.end_of_text,
     )
-    if num_samples == 1:
-        texts: list[Iterator[str]] = [_decoded(tokenizer, (int(token) for token in drawn))]
-    else:
-        console = Console(stderr=True)
-        rows = torch.stack(list(track(drawn, "sample", total=count, console=console, transient=True))).T.tolist()
-        texts = [_decoded(tokenizer, row) for row in rows]
-    for number, pieces in enumerate(texts, 1):
-        title = f"--- {number} of {num_samples}\n" if num_samples > 1 else ""
-        if not _print_all(title + text, pieces):
-            return 128 + signal.SIGPIPE
+    with enough_memory("ask for fewer or shorter samples"):
+        if num_samples == 1:
+            texts: list[Iterator[str]] = [_decoded(tokenizer, (int(token) for token in drawn))]
+        else:
+            console = Console(stderr=True)
+            rows = torch.stack(list(track(drawn, "sample", total=count, console=console, transient=True))).T.tolist()
+            texts = [_decoded(tokenizer, row) for row in rows]
+        for number, pieces in enumerate(texts, 1):
+            title = f"--- {number} of {num_samples}\n" if num_samples > 1 else ""
+            if not _print_all(title + text, pieces):
+                return 128 + signal.SIGPIPE
     return 0
 
 

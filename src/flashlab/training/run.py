@@ -20,7 +20,7 @@ from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch.distributed import is_torchelastic_launched
 
-from flashlab.errors import UserError, alone_in, print_now, write_text, writing
+from flashlab.errors import UserError, alone_in, enough_memory, print_now, write_text, writing
 from flashlab.machine import git_commit, identify
 from flashlab.training.batches import ResumedData
 from flashlab.training.callbacks import BEST, LAST, PREVIOUS, Checkpoints, Speed, Stopped
@@ -164,7 +164,7 @@ class Run:
         """Train; returns 0, or the exit code if a signal ended it.
 
         Raises:
-            UserError: what `writing` and `lost_peers` say, or a callback.
+            UserError: what `writing`, `lost_peers` and `enough_memory` say, or a callback.
         """
         # Under torchrun a process may wait for others that do not come: until training starts, a signal ends it at
         # once.
@@ -175,7 +175,8 @@ class Run:
         hook = threading.excepthook
         threading.excepthook = _hide_os_errors
         try:
-            with warnings.catch_warnings(), writing(self.folder), lost_peers(self.folder):
+            in_memory = enough_memory("take a smaller --data.batch_size")
+            with warnings.catch_warnings(), writing(self.folder), lost_peers(self.folder), in_memory:
                 for idle in (
                     "dataloader .*(workers|resumable)",
                     "Checkpoint directory .* not empty",
