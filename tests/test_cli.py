@@ -1,3 +1,4 @@
+import os
 import signal
 import subprocess
 import sys
@@ -53,3 +54,12 @@ def test_a_stop_leaves_nothing_behind(tmp_path):
             assert process.stderr.read().splitlines()[-1] == "flashlab: interrupted"
         assert process.returncode == 128 + number
         assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("words", [["--help"], ["backends"]])  # printed by Python, and by rich
+def test_a_reader_that_goes_away_ends_a_command_quietly(words):
+    read, write = os.pipe()
+    os.close(read)
+    ran = subprocess.run([sys.executable, "-m", "flashlab", *words], stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert (ran.returncode, ran.stderr) == (128 + signal.SIGPIPE, "")

@@ -7,6 +7,7 @@ of them from YAML. The table below names the functions; a module is imported onl
 
 import difflib
 import inspect
+import os
 import re
 import signal
 import sys
@@ -100,15 +101,24 @@ def _run(argv: list[str]) -> int | None:
 def reported(command: Callable[[], int | None]) -> int:
     """Call a command; what it raises for a user's mistake becomes one line, and a stop by Ctrl-C or SIGTERM another.
 
+    Whose reader goes away (`| head`) ends in silence.
+
     Returns:
         The exit code, as `main`.
     """
     try:
         with terminable():
-            return command() or 0
+            code = command() or 0
+            sys.stdout.flush()
+            return code
     except UserError as error:
         print(f"flashlab: error: {error}", file=sys.stderr)
         return 2
+    except (BrokenPipeError, SystemExit) as error:
+        if isinstance(error, SystemExit) and not isinstance(error.__context__, BrokenPipeError):  # rich's is of one
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes as it ends
+        return 128 + signal.SIGPIPE
     except PermissionError as error:  # already to ask whether a path exists may be forbidden
         if error.filename is None:
             raise

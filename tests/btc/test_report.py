@@ -164,6 +164,6 @@ def test_curves_of_a_resumed_run_are_one(tmp_path):
             for step in steps:
                 log.add_scalar("train/loss", value, step)
     steps, values = read_curves(tmp_path)["train/loss"]
-    assert steps.tolist() == list(range(0, 90, 10))
+    assert steps.tolist() == list(range(1, 90, 10))
     assert values.tolist() == [1, 1, 1, 2, 2, 2, 2, 2, 2]
     assert read_curves(tmp_path / "nothing") == {}

@@ -207,6 +207,8 @@ def test_a_stopped_run_resumes_bit_for_bit(train, reference, number, method, ste
     assert_same(run, reference)
     assert train(run, "--resume") == 0
     assert f"{run} is trained already (22 steps)" in capsys.readouterr().out
+    assert train(run, "--resume", "--trainer.max_steps", 30) == 2
+    assert f"{run} has ended, planned for 22 steps, not 30; choose another" in only_line(capsys)
 
 
 def test_dropout_resumes_bit_for_bit(train, reference, tmp_path, monkeypatch):
@@ -265,7 +267,10 @@ def test_a_checkpoint_of_other_tokens(train, stopped, corpus, vocabulary, tmp_pa
     prepare([str(corpus)], out=tmp_path / "pairs", validation=0.2, processes=1, tokenizer="gpt2", vocabulary=vocabulary)
     capsys.readouterr()
     before = contents(stopped)
-    for name, complaint in (("more", "other tokens"), ("pairs", "model.vocab_size 257, this asks for 407")):
+    for name, complaint in (
+        ("more", "other tokens; prepare the set as it was, or"),
+        ("pairs", "model.vocab_size 257, this asks for 407; resume with"),
+    ):
         assert train(stopped, "--resume", "--data.path", tmp_path / name) == 2
         assert f"was trained with {complaint}" in only_line(capsys)
     assert contents(stopped) == before

@@ -62,7 +62,7 @@ def read_curves(run: Path) -> Curves:
     """Read what training logged to TensorBoard, over all the times it was resumed.
 
     Returns:
-        Steps and finite values of each tag; empty without a log.
+        Steps (the first is 1, where Lightning logs 0) and finite values of each tag; empty without a log.
     """
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -70,7 +70,7 @@ def read_curves(run: Path) -> Curves:
     for folder in sorted({path.parent for path in run.rglob("events.out.tfevents.*")}):
         log = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
         for tag in log.Tags()["scalars"]:
-            points = {event.step: event.value for event in log.Scalars(tag) if np.isfinite(event.value)}
+            points = {event.step + 1: event.value for event in log.Scalars(tag) if np.isfinite(event.value)}
             if points:
                 curves.setdefault(tag, {}).update(points)
     return {

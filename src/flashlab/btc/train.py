@@ -110,7 +110,7 @@ def train(
     prepared = open_set(data.path)
     this = Run.open(run, resume=resume)
     trained_on, shape = fingerprint(prepared), [config["model"], config["optimizer"]]
-    if this.is_trained(trained_on, shape, f"other bars than {data.path} holds"):
+    if this.is_trained(trained_on, shape, trainer.max_steps, f"other bars than {data.path} holds"):
         return 0
     accelerator = choose_accelerator(trainer.accelerator, trainer.devices)
     precision = choose_precision(trainer.precision, accelerator)

@@ -105,7 +105,7 @@ def train(
         raise UserError(f"--optimizer.min_lr {optimizer.min_lr} is above --optimizer.lr {optimizer.lr}; lower it")
     trained_on = tokens.manifest["folder"]
     kept = {name: value for name, value in asdict(shape).items() if name not in COMPUTED}
-    if this.is_trained(trained_on, [kept, config["optimizer"]], f"other tokens than {data.path} holds"):
+    if this.is_trained(trained_on, [kept, config["optimizer"]], max_steps, f"other tokens than {data.path} holds"):
         return 0
     accelerator = choose_accelerator(trainer.accelerator, devices)
     precision = choose_precision(trainer.precision, accelerator)

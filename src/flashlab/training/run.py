@@ -63,12 +63,13 @@ class Run:
             with suppress(UserError):  # training does not end because nobody can be told
                 print_now(text, file=file)
 
-    def is_trained(self, trained_on: Any, shape: Any, mistaken: str) -> bool:
+    def is_trained(self, trained_on: Any, shape: Any, max_steps: int, mistaken: str) -> bool:
         """Say whether the run has ended by itself.
 
         Args:
             trained_on: a fingerprint of the data.
             shape: the options that must be those of the run.
+            max_steps: of the run, likewise.
             mistaken: what to say where the data are others.
 
         Raises:
@@ -81,6 +82,10 @@ class Run:
             raise UserError(f"{self.folder} was trained on {mistaken}; choose another --run")
         if before.get("shape") != shape:
             raise UserError(f"{self.folder} was trained with other model or optimizer options; choose another --run")
+        if (planned := finished.get("max_steps", max_steps)) != max_steps:
+            raise UserError(
+                f"{self.folder} has ended, planned for {planned:,} steps, not {max_steps:,}; choose another --run"
+            )
         self.say(f"{self.folder} is trained already ({finished['steps']:,} steps); choose another --run to train anew")
         return True
 
@@ -119,7 +124,8 @@ class Run:
                 differences.append(f"seed {seed}, this asks for {data.order.seed}")
             if what := next(filter(None, differences), None):
                 config = self.folder / "config.yaml"
-                raise UserError(f"{path} was trained with {what}; resume with {config}, or choose another --run")
+                remedy = "prepare the set as it was" if what == f"other {read}" else f"resume with {config}"
+                raise UserError(f"{path} was trained with {what}; {remedy}, or choose another --run")
             if step > data.num_steps:
                 raise UserError(
                     f"{path} is at step {step:,}, and the run is to end at step {data.num_steps:,}; ask for more "
@@ -221,6 +227,7 @@ class Run:
         speed = next((callback for callback in trainer.callbacks if isinstance(callback, Speed)), None)  # type: ignore[attr-defined]
         record["finished"] = {
             "steps": trainer.global_step,
+            "max_steps": trainer.max_steps,
             "seconds": round(time.perf_counter() - started, 1),
             "best_val_loss": float(best.best_model_score) if best.best_model_score is not None else None,
             "precision": trainer.precision,
