@@ -1,5 +1,6 @@
 import pytest
 
+from flashlab.training import batches
 from flashlab.training.batches import EndlessBatches, Shuffled
 
 
@@ -43,3 +44,9 @@ def test_order_is_that_of_earlier_versions():
     assert steps(num_items=10, batch_size=4, num_steps=3) == [[9, 6, 0, 2], [1, 4, 7, 5], [3, 8, 4, 1]], (
         "a run that is resumed would read other items"
     )
+
+
+def test_a_worker_is_silent_about_a_killed_reader_alone(capfd):
+    for error in (EOFError(), ConnectionResetError(), ValueError("a bug")):
+        batches._hide_lost_readers(type(error), error, None)
+    assert capfd.readouterr().err == "ValueError: a bug\n"

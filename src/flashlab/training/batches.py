@@ -6,6 +6,7 @@ import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from functools import lru_cache
+from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -132,8 +133,15 @@ class ResumedData(LightningDataModule):
 
 def _end_well(worker: int) -> None:
     """Let a worker that is terminated, as by a process that ends early, take away what it fetched."""
+    sys.excepthook = _hide_lost_readers
     os.setpgid(0, 0)  # torchrun, Docker and Ctrl-C stop whole groups, and training needs its workers for what is left
     signal.signal(signal.SIGTERM, lambda *_: sys.exit())
+
+
+def _hide_lost_readers(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+    """Say nothing of a batch that nobody takes any longer, since the process that trained was killed."""
+    if not issubclass(kind, EOFError | ConnectionError):
+        sys.__excepthook__(kind, error, traceback)
 
 
 class Loader(DataLoader[Tensor]):
