@@ -127,7 +127,8 @@ def test_torchrun_starts_anew_after_a_kill_and_stops_with_a_checkpoint(prepared,
         (stopped,) = said(r"stopped by SIGTERM at step (\d+)")
         assert step() == int(stopped)
     finally:
-        agent.kill()
+        agent.terminate()  # and with it its processes, should the test have failed
+        agent.wait(60)
 
 
 def check(words):
