@@ -28,9 +28,12 @@ from flashlab.machine import provenance, write_result
 from flashlab.worker import run_flashlab
 
 HERE = Path(__file__).parent
-KEPT = ("tokens_per_s", "mfu", "ms_per_step", "peak_memory_mib", "best_val_loss", "precision")
+KEPT = ("tokens_per_s", "mfu", "ms_per_step", "peak_allocated_mib", "peak_memory_mib", "best_val_loss", "precision")
 REFUSED = 2  # exit code of a mistake, or of what this machine cannot do
-BYTES_PER_PARAMETER = 16  # float32: the weight, its gradient, AdamW's two averages
+# Where the forward pass ends most memory is in use. A parameter has its weight and AdamW's two averages in float32, of
+# which FSDP gives each GPU a share, and no gradient yet. Autocast's copy in 16 bits waits for the backward pass; FSDP
+# gathers a block's again instead.
+SHARED_BYTES, COPIED_BYTES = 12, 2
 
 
 def train(run: Path, *options: object) -> dict[str, Any]:
@@ -51,7 +54,7 @@ def scaling(
     devices: PositiveInt = 2,
     batch_size: PositiveInt = 64,
     sharded: str = "gpt2-xl",
-    sharded_batch_size: PositiveInt = 8,
+    sharded_batch_size: PositiveInt = 16,
     block_size: PositiveInt = 1024,
     steps: PositiveInt = 30,
     more: str = "",
@@ -100,9 +103,10 @@ def scaling(
                 }
                 if row["status"] == alone.get("status") == "ok":
                     row["efficiency"] = round(row["tokens_per_s"] / alone["tokens_per_s"] / count, 4)
-                    if strategy == "fsdp" and alone["peak_memory_mib"]:  # each GPU is spared what the others keep
-                        spared = BYTES_PER_PARAMETER * row["parameters"] * (1 - 1 / count) / 2**20
-                        row["predicted_memory_mib"] = round(alone["peak_memory_mib"] - spared)
+                    if strategy == "fsdp" and alone["peak_allocated_mib"]:
+                        spared = SHARED_BYTES * (1 - 1 / count) + COPIED_BYTES * (row["precision"] == "bf16-mixed")
+                        predicted = alone["peak_allocated_mib"] - spared * row["parameters"] / 2**20
+                        row["predicted_allocated_mib"] = round(predicted)
                 alone = alone or row
                 record["rows"].append(row)
                 write_result(out, record)

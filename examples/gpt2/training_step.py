@@ -4,7 +4,9 @@ import gc
 import sys
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
 from pathlib import Path
+from statistics import median
 from time import perf_counter
 from typing import Any
 
@@ -29,8 +31,8 @@ METHOD = {
     "step": "random tokens; forward and backward pass of all micro-batches, gradients clipped to norm 1, AdamW; "
     "bfloat16 by autocast on a GPU, float32 on a CPU",
     "ran": "what stood in place of auto",
-    "ms_per_step": "average over the timed steps, of which the last alone is waited for, as in training; compiling and "
-    "first steps do not count",
+    "ms_per_step": "median of the timed steps by the GPU's clock; as in training none waits for the GPU to end the one "
+    "before; compiling and first steps do not count",
     "batch_size": "sequences in a micro-batch: those of a step, halved until they fit into memory",
     "mfu": "tokens_per_s times PaLM's count of operations per token, over the GPU's peak, peak_tflops",
     "peak_memory_mib": "the most that torch's allocator had given out, weights and optimiser included; none on a CPU",
@@ -221,10 +223,17 @@ def theirs(config: GPTConfig) -> tuple[nn.Module, Any]:
 
 
 def seconds(step: Any, place: torch.device, times: int) -> float:
-    """Return the average time of steps, none of which waits for the GPU to end the one before."""
-    start = perf_counter()
-    for _ in range(times):
+    """Return the median time of steps, none of which waits for the GPU to end the one before."""
+    if place.type == "cpu":
+        clocks = [perf_counter()]
+        for _ in range(times):
+            step()
+            clocks.append(perf_counter())
+        return median(after - before for before, after in pairwise(clocks))
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(times + 1)]
+    events[0].record()
+    for event in events[1:]:
         step()
-    if place.type == "cuda":
-        torch.cuda.synchronize()
-    return (perf_counter() - start) / times
+        event.record()
+    torch.cuda.synchronize()
+    return median(before.elapsed_time(after) / 1e3 for before, after in pairwise(events))

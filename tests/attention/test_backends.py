@@ -110,18 +110,21 @@ def test_inputs_need_not_be_contiguous(backend, device, skip_unless_runs):
 @pytest.mark.parametrize("compiled", [False, True], ids=["", "compiled"])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_one_tensor_of_queries_keys_and_values_is_as_three(backend, compiled, device, skip_unless_runs):
-    skip_unless_runs(backend, seqlen_q=48, seqlen_k=48, causal=True, needs_grad=True)
+    options = {"causal": True, "window_size": (20, 0)}
+    skip_unless_runs(backend, seqlen_q=48, seqlen_k=48, needs_grad=True, **features(options))
     torch._dynamo.reset()
 
     def packed(qkv):
-        return attention_qkvpacked(qkv, backend=backend, causal=True, window_size=(20, 0), softmax_scale=0.2)
+        return attention_qkvpacked(qkv, backend=backend, softmax_scale=0.2, **options)
 
     run_packed = torch.compile(packed, fullgraph=True, backend="aot_eager") if compiled else packed
     qkv = torch.randn(2, 48, 3, 4, 32, device=device, dtype=torch.bfloat16, requires_grad=True)
     grad_out = torch.randn(2, 48, 4, 32, device=device, dtype=torch.bfloat16)
-    expected = attention(*qkv.unbind(2), backend=backend, causal=True, window_size=(20, 0), softmax_scale=0.2)
+    expected = attention(*qkv.unbind(2), backend=backend, softmax_scale=0.2, **options)
     out = run_packed(qkv)
-    assert torch.equal(out, expected)
+    # Of FlexAttention this compiler makes plain operators, not the kernel that runs without one.
+    same_kernel = not (compiled and backend == "flex_attention")
+    assert torch.equal(out, expected) if same_kernel else torch.allclose(out, expected, atol=0.02)
     (grad,), (expected_grad,) = (torch.autograd.grad(x, qkv, grad_out) for x in (out, expected))
     assert torch.allclose(grad, expected_grad, atol=0.02)  # some kernels add up in an order of chance
 

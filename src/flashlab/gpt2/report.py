@@ -21,7 +21,8 @@ def bench(*paths: Path) -> str:
     parts = []
     for path in paths:
         record = read(path, "gpt2_bench", "python examples/gpt2/bench.py")
-        parts.append(f"{describe_machine(record)}.\n\n")
+        if (machine := f"{describe_machine(record)}.\n\n") not in parts:
+            parts.append(machine)
         for preset in dict.fromkeys(row["preset"] for row in record["rows"]):
             rows = [row for row in record["rows"] if row["preset"] == preset]
             header: tuple[str, ...] = ("Length", "Attention", "tokens/s", "MFU", "ms a step", "MiB at most")
@@ -119,8 +120,9 @@ def scaling(path: Path) -> str:
     record = read(path, "gpt2_scaling", "python examples/gpt2/experiments.py scaling")
     rows = []
     for row in record["rows"]:
-        efficiency, predicted = row.get("efficiency"), row.get("predicted_memory_mib")
-        tokens, mfu, ms, memory = _speed(row)
+        efficiency = row.get("efficiency")
+        tokens, mfu, ms, held = _speed(row)
+        in_use = [row.get(name) for name in ("peak_allocated_mib", "predicted_allocated_mib")]
         name = f"{row['preset']}, {row['devices']} GPU" + (f"s, {row['strategy']}" if row["strategy"] else "")
         rows.append(
             (
@@ -130,12 +132,12 @@ def scaling(path: Path) -> str:
                 tokens,
                 f"{efficiency:.1%}" if efficiency is not None else "",
                 mfu,
-                memory,
-                f"{predicted:,}" if predicted is not None else "",
+                held,
+                *(f"{memory:,}" if memory else "" for memory in in_use),
             )
         )
-    header = ("", "tokens a step", "ms a step", "tokens/s", "of as many single GPUs", "MFU", "MiB a GPU", "predicted")
-    return f"\n{describe_machine(record)}.\n\n{markdown(Table('', header, rows, 'l' + 'r' * 7))}"
+    header = ("", "tokens a step", "ms a step", "tokens/s", "of single GPUs", "MFU", "MiB held", "in use", "predicted")
+    return f"\n{describe_machine(record)}.\n\n{markdown(Table('', header, rows, 'l' + 'r' * 8))}"
 
 
 def backends(path: Path) -> str:

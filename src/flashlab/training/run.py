@@ -235,6 +235,8 @@ class Run:
             **(speed.summary() if speed else {}),
         }
         if trainer.strategy.root_device.type == "cuda":
+            # In use, as a model's size predicts it; and held, with what CUDA graphs and spare blocks take.
+            record["finished"]["peak_allocated_mib"] = round(torch.cuda.max_memory_allocated() / 2**20)
             record["finished"]["peak_memory_mib"] = round(torch.cuda.max_memory_reserved() / 2**20)
         if self.is_first:
             write_text(self.folder / "run.json", json.dumps(record, indent=1))
