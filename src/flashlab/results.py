@@ -273,6 +273,7 @@ RENDERERS: dict[str, Callable[..., str]] = {
     "gpt2_ablation": gpt2.ablation,
     "gpt2_backends": gpt2.backends,
     "gpt2_bench": gpt2.bench,
+    "gpt2_runs": gpt2.runs,
     "gpt2_sampling": gpt2.sampling,
     "gpt2_scaling": gpt2.scaling,
     "heads": heads,

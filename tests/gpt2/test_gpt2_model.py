@@ -1,11 +1,13 @@
 import math
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
 import transformers
 from tiny import CPU_BACKENDS, TINY, UNLIKE_GPT2, some_tokens, tiny
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.flop_counter import FlopCounterMode
 
 from flashlab.attention import AttentionSpec
@@ -271,6 +273,20 @@ def test_compiled_it_is_one_graph(variant, autocast):
         torch.testing.assert_close(found, expected)
         gradients = [torch.autograd.grad(loss, list(model.parameters())) for loss, _ in (found, expected)]
     torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("variant", ["gpt2", "modern"])
+def test_compiled_in_parts_all_blocks_share_a_graph_and_the_last_norm_is_in_that_of_the_loss(variant, monkeypatch):
+    counter = CompileCounterWithBackend("eager")
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))
+    torch.compiler.reset()
+    model, tokens = tiny(n_layer=3, **VARIANTS[variant]), some_tokens()
+    expected = model(tokens, tokens)
+    model.compile_parts()
+    torch.testing.assert_close(model(tokens, tokens), expected)
+    block, loss = (graph.code for graph in counter.graphs)
+    assert "scaled_dot_product_attention" in block
+    assert "_norm(" in loss
 
 
 @pytest.mark.slow

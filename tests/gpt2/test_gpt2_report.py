@@ -86,6 +86,16 @@ def test_backends_that_were_not_measured_say_why(written):
     assert "Not measured: `flash_attention_3` (not installed)." in text
 
 
+def test_a_training_is_told_by_its_configurations(tmp_path):
+    finished = {"steps": 2000, "seconds": 73.8, "tokens_per_s": 1234567, "best_val_loss": 0.77}
+    command = ["flashlab", "train", "--config", "examples/embedded.yaml", "--config", "cpu.yaml", "--run", "runs/gpt2"]
+    record = {"command": command, "parameters": 1000, "tokens_per_step": 2048, "finished": finished, "machine": {}}
+    (path := tmp_path / "run.json").write_text(json.dumps(record))
+    found = cells(report.runs(path))[2]
+    assert found[:3] == ["embedded.yaml, cpu.yaml", "1,000", "2,000"]
+    assert found[4:7] == ["74", "1,234,567", "0.7700"]
+
+
 def test_the_cache_stands_beside_all_positions_anew(written):
     rows = [
         {

@@ -7,10 +7,11 @@ from test_gpt2_model import hugging_face
 from tiny import CPU_BACKENDS, UNLIKE_GPT2, some_tokens, tiny
 
 from flashlab.attention import BackendUnavailable
+from flashlab.attention.backends import BACKENDS
 from flashlab.errors import UserError
 from flashlab.gpt2.config import preset
 from flashlab.gpt2.model import GPT, KeyValueCache
-from flashlab.gpt2.sample import _stepper, generate, restrict
+from flashlab.gpt2.sample import _backend_of_step, _next_logits, _stepper, generate, restrict
 
 CHOICES = {
     "greedy": {"temperature": 0},
@@ -81,9 +82,29 @@ def test_top_k_and_top_p_are_those_of_transformers(top_k, top_p):
     assert torch.equal(restrict(logits, top_k, top_p), expected)
 
 
-def test_a_temperature_next_to_nothing_takes_the_likeliest():
+@pytest.mark.parametrize("temperature", [1e-30, 1e-40, 1e-50])
+def test_a_temperature_next_to_nothing_takes_the_likeliest(temperature):
     model, tokens = tiny(), some_tokens(2, 8)
-    assert torch.equal(sampled(model, tokens, 5, temperature=1e-40), sampled(model, tokens, 5, temperature=0))
+    assert torch.equal(sampled(model, tokens, 5, temperature=temperature), sampled(model, tokens, 5, temperature=0))
+
+
+def test_in_16_bits_the_likeliest_tokens_do_not_tie():
+    """Far from 0 the logits of a step in bfloat16 would be multiples of 0.5."""
+    model = tiny().bfloat16()
+    with torch.no_grad():
+        model.ln_f.weight.fill_(0)
+        model.ln_f.bias.fill_(1)
+        model.wte.weight.copy_(-torch.linspace(1.5, 1.6, model.config.padded_vocab_size)[:, None])
+        logits = _next_logits(model, some_tokens(1, 4), None)
+    assert logits.dtype == torch.float32
+    assert len(logits[0].unique()) == len(model.wte.weight[: model.config.vocab_size, 0].unique()) > 10
+
+
+def test_what_auto_takes_for_a_step_decides_whether_it_can_be_captured():
+    model = tiny(backend="auto")
+    cache = KeyValueCache(model.config, 2, 40, torch.device("cpu"), torch.float32)
+    assert _backend_of_step(tiny(backend="standard"), cache) == "standard"
+    assert _backend_of_step(model, cache) in BACKENDS
 
 
 def test_tokens_come_one_by_one():

@@ -1,9 +1,12 @@
+import resource
 from types import SimpleNamespace
 
 import pytest
+import torch
 
+from flashlab.errors import UserError
 from flashlab.training import callbacks
-from flashlab.training.callbacks import Checkpoints, Speed, Stopped
+from flashlab.training.callbacks import AtomicCheckpointIO, Checkpoints, Speed, Stopped
 
 
 @pytest.fixture
@@ -65,3 +68,21 @@ def test_processes_that_agree_to_stop_before_a_validation_stop_after_it(monkeypa
     trainer.global_step = 11
     with pytest.raises(Stopped):
         checkpoints.on_train_batch_end(trainer, None)
+
+
+@pytest.mark.parametrize("room", [0, 100_000, 1_000_000, 1_600_500])  # the last write of all is refused, too
+def test_a_checkpoint_that_does_not_fit_says_so_and_leaves_the_one_before(room, tmp_path):
+    path, writer = tmp_path / "checkpoints" / "last.ckpt", AtomicCheckpointIO()
+    writer.save_checkpoint({"step": 1}, path)
+    weights = {f"w{index}": torch.randn(100_000) for index in range(4)}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
+    try:
+        with pytest.raises(UserError, match=r"cannot write .*last.ckpt: File too large"):
+            writer.save_checkpoint(weights, path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [file.name for file in path.parent.iterdir()] == ["last.ckpt"]
+    assert torch.load(path, weights_only=True) == {"step": 1}
+    writer.save_checkpoint(weights, path)
+    assert torch.load(path, weights_only=True, mmap=True).keys() == weights.keys()

@@ -165,17 +165,17 @@ class GPT(nn.Module):
             if not config.tie_weights:
                 self.lm_head = nn.Linear(config.n_embd, config.padded_vocab_size, bias=False)
         self.to_empty(device=torch.get_default_device())
-        self._loss = linear_cross_entropy
+        self._loss = _loss_of
         self.initialise()
 
     def compile_parts(self) -> None:
-        """Have torch.compile make the kernels of the blocks, which share them, of the last norm and of the loss.
+        """Have torch.compile make the kernels of the blocks, which share them, and of the last norm with the loss.
 
         That takes seconds however many blocks there are; compiled as a whole a deep model would take minutes.
         """
-        for part in (*self.h, self.ln_f):
-            part.compile(dynamic=False)
-        self._loss = torch.compile(linear_cross_entropy, dynamic=False)
+        for block in self.h:
+            block.compile(dynamic=False)
+        self._loss = torch.compile(_loss_of, dynamic=False)
 
     @torch.no_grad()
     def initialise(self) -> None:
@@ -210,11 +210,10 @@ class GPT(nn.Module):
             UserError: the sequences are longer than the learned positions, or the backend or the loss that the
                 configuration names cannot run here.
         """
-        x = self.features(tokens)
         if targets is None:
-            return self.logits(x)
-        config = self.config
-        return self._loss(x.flatten(0, 1), self.head_weight, targets.flatten(), config.vocab_size, config.loss)
+            return self.logits(self.features(tokens))
+        x = self._residual_stream(tokens)
+        return self._loss(x, self.ln_f, self.head_weight, targets, self.config.vocab_size, self.config.loss)
 
     def features(self, tokens: Tensor, cache: KeyValueCache | None = None) -> Tensor:
         """Return what the logits are computed from, ``[B, S, W]``.
@@ -226,6 +225,9 @@ class GPT(nn.Module):
         Raises:
             UserError: as `forward`.
         """
+        return self.ln_f(self._residual_stream(tokens, cache))
+
+    def _residual_stream(self, tokens: Tensor, cache: KeyValueCache | None = None) -> Tensor:
         length = tokens.shape[1]
         positions = torch.arange(length, device=tokens.device)
         if cache is not None:
@@ -248,11 +250,16 @@ class GPT(nn.Module):
                 x = block(x, rotation)
         if cache is not None:
             cache.seqlens += length
-        return self.ln_f(x)
+        return x
 
     def logits(self, x: Tensor) -> Tensor:
         """Return the logits ``[..., V]`` of features ``[..., W]``."""
         return F.linear(x, self.head_weight)[..., : self.config.vocab_size]
+
+
+def _loss_of(x: Tensor, norm: nn.Module, weight: Tensor, targets: Tensor, vocab_size: int, method: str) -> Tensor:
+    """Return the average loss of the residual stream ``[B, S, W]``: norm and loss, so that they compile together."""
+    return linear_cross_entropy(norm(x).flatten(0, 1), weight, targets.flatten(), vocab_size, method)
 
 
 def check_length(config: GPTConfig, length: int) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule
+from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.strategies.parallel import ParallelStrategy
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -112,7 +113,8 @@ class GPTModule(LightningModule):
                 self.manual_backward(loss)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters(), self.gradient_clip_val, foreach=True)
         optimizer.step()  # type: ignore[union-attr]
-        optimizer.zero_grad()  # type: ignore[union-attr]
+        # DDP keeps the memory of gradients to exchange them; were they None, the next batches would take it again.
+        optimizer.zero_grad(set_to_none=not isinstance(trainer.strategy, DDPStrategy))  # type: ignore[union-attr]
         if (step + 1) % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             # Not for the bar: Lightning would read it at every step.
             self.log("train/loss", total, sync_dist=True)

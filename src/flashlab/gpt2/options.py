@@ -91,7 +91,7 @@ class OptimizerConfig:
 
     Args:
         lr: learning rate after the warm-up.
-        min_lr: learning rate at the last step.
+        min_lr: learning rate that the cosine falls to.
         betas: decay of AdamW's averages.
         weight_decay: of matrices; vectors have none.
         warmup_steps: steps over which the rate rises to lr.

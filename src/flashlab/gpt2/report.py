@@ -1,5 +1,7 @@
 """Tables and the picture of docs/gpt2.md, from the result files that the scripts of examples/gpt2 write."""
 
+import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -157,6 +159,29 @@ def backends(path: Path) -> str:
     absent = [f"`{row['backend']}` ({row['reason']})" for row in record["rows"] if row["status"] != "ok"]
     told = f"Not measured: {'; '.join(absent)}.\n\n" if absent else ""
     return f"\n{describe_machine(record)}.\n\n{markdown(Table('', header, rows, 'lrrrrr'))}{told}"
+
+
+def runs(*paths: Path) -> str:
+    """Show whole trainings, from the run.json that `flashlab gpt2 train` leaves in a run's folder."""
+    rows = []
+    for path in paths:
+        record = json.loads(path.read_text())
+        words, finished = record["command"], record["finished"]
+        configs = [Path(value).name for word, value in pairwise(words) if word == "--config"]
+        rows.append(
+            (
+                ", ".join(configs),
+                f"{record['parameters']:,}",
+                f"{finished['steps']:,}",
+                f"{record['tokens_per_step']:,}",
+                f"{finished['seconds']:.0f}",
+                f"{finished['tokens_per_s']:,}",
+                f"{finished['best_val_loss']:.4f}",
+                describe_machine(record).partition(", driver")[0],
+            )
+        )
+    header = ("", "parameters", "steps", "tokens a step", "seconds", "tokens/s", "validation loss", "on")
+    return f"\n{markdown(Table('', header, rows, 'lrrrrrrl'))}"
 
 
 def sampling(path: Path) -> str:

@@ -6,14 +6,16 @@ Shapes: B batch, S tokens of the prompts, V tokens of the vocabulary.
 from collections.abc import Callable, Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from flashlab.attention import AttentionSpec, resolve
 from flashlab.errors import UserError
 from flashlab.gpt2.model import GPT, KeyValueCache, check_length
 
 # Backends whose call with a cache reads nothing back from the GPU, as what a CUDA graph holds must not.
 _SDPA = ("sdpa_math", "sdpa_efficient", "sdpa_flash", "sdpa_cudnn")
-CAPTURABLE = ("auto", "standard", *_SDPA, "flash_attention_2", "flash_attention_3")
+CAPTURABLE = ("standard", *_SDPA, "flash_attention_2", "flash_attention_3")
 
 
 def generate(
@@ -74,9 +76,8 @@ def generate(
     generator = torch.Generator(tokens.device).manual_seed(seed)
 
     def draw(logits: Tensor) -> Tensor:
-        if temperature == 0:
+        if temperature < torch.finfo(logits.dtype).tiny:
             return logits.argmax(dim=-1)
-        logits = logits.float()
         logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature  # none becomes inf by a small temperature
         probabilities = restrict(logits, top_k, top_p).softmax(dim=-1)
         return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
@@ -114,8 +115,10 @@ def _generate(
 
 
 def _next_logits(model: GPT, tokens: Tensor, cache: KeyValueCache | None) -> Tensor:
-    """Return the logits ``[B, V]`` after tokens ``[B, S]``."""
-    return model.logits(model.features(tokens, cache)[:, -1])
+    """Return the logits ``[B, V]`` after tokens ``[B, S]``, in float32: in 16 bits the likeliest ones would tie."""
+    x = model.features(tokens, cache)[:, -1]
+    with torch.autocast(x.device.type, enabled=False):
+        return F.linear(x.float(), model.head_weight.float())[:, : model.config.vocab_size]
 
 
 def _stepper(model: GPT, cache: KeyValueCache) -> Callable[[Tensor], Tensor]:
@@ -123,7 +126,7 @@ def _stepper(model: GPT, cache: KeyValueCache) -> Callable[[Tensor], Tensor]:
 
     On a GPU a step of one token takes longer to launch than to compute; a CUDA graph launches it as a whole.
     """
-    if not cache.seqlens.is_cuda or model.config.backend not in CAPTURABLE:
+    if not cache.seqlens.is_cuda or _backend_of_step(model, cache) not in CAPTURABLE:
         return lambda token: _next_logits(model, token, cache)
     token, seqlens = torch.zeros_like(cache.seqlens, dtype=torch.int64)[:, None], cache.seqlens.clone()
     # The graph must not read casts of the weights that autocast frees when the caller leaves it.
@@ -145,6 +148,13 @@ def _stepper(model: GPT, cache: KeyValueCache) -> Callable[[Tensor], Tensor]:
         return logits
 
     return replay
+
+
+def _backend_of_step(model: GPT, cache: KeyValueCache) -> str:
+    keys, _ = cache.layers[0]
+    batch_size, places, heads, head_dim = keys.shape
+    shape = (batch_size, 1, places, heads, heads, head_dim)
+    return resolve(model.config.backend, AttentionSpec(*shape, keys.dtype, keys.device, causal=True, layout="cache"))
 
 
 def restrict(logits: Tensor, top_k: int | None, top_p: float) -> Tensor:

@@ -208,9 +208,10 @@ def _choose_compile(trainer: TrainerConfig, accelerator: str) -> tuple[bool, str
 def _strategy(name: str, world_size: int) -> Any:
     if world_size == 1:
         return "auto"
+    timeout = 3 * TIMEOUT  # the first process writes checkpoints, of up to 32 GB, while the others wait
     if name == "fsdp":
-        return ModelParallelStrategy(world_size, 1, save_distributed_checkpoint=False, timeout=TIMEOUT)
-    return DDPStrategy(timeout=TIMEOUT, gradient_as_bucket_view=True)
+        return ModelParallelStrategy(world_size, 1, save_distributed_checkpoint=False, timeout=timeout)
+    return DDPStrategy(timeout=timeout, gradient_as_bucket_view=True)
 
 
 def _keep_vocabulary(run: Path, tokens: TokenSet) -> None:

@@ -1,6 +1,5 @@
 """What happens beside the training steps: checkpoints, signals to stop, speed, the progress bar."""
 
-import io
 import os
 import signal
 from contextlib import suppress
@@ -9,7 +8,7 @@ from pathlib import Path
 from statistics import fmean
 from time import monotonic, perf_counter
 from types import FrameType
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -249,13 +248,33 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         partial = path.with_name(f".{path.name}.partial")
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            serialised = io.BytesIO()  # torch.save on a full disk does not say that the disk is full
-            torch.save(checkpoint, serialised)
             try:
                 with partial.open("wb") as file:
-                    file.write(serialised.getbuffer())
+                    reported = _Reported(file)
+                    try:
+                        torch.save(checkpoint, reported)  # type: ignore[arg-type]
+                    except RuntimeError as error:
+                        raise reported.error or error from None
                     file.flush()
                     os.fsync(file.fileno())
                 partial.replace(path)
             finally:
                 partial.unlink(missing_ok=True)
+
+
+class _Reported:
+    """A file that keeps why it could not be written to: torch.save, asked on a full disk, tells of positions."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file = file
+        self.error: OSError | None = None
+
+    def write(self, data: bytes) -> int:
+        try:
+            return self.file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
+
+    def flush(self) -> None:
+        self.file.flush()

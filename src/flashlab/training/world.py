@@ -14,7 +14,7 @@ from torch.distributed import DistError, is_torchelastic_launched
 from flashlab.errors import UserError
 
 # A machine that lost power says no goodbye. Until the others have waited this long for it they do not know; reading the
-# first chunks, compiling and validating at different speeds must fit in.
+# first chunks, compiling and validating at different speeds and writing a checkpoint must fit in.
 TIMEOUT = timedelta(minutes=5)
 
 
