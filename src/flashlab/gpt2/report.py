@@ -149,16 +149,19 @@ def backends(path: Path) -> str:
         (
             f"`{name}`" + (f", {how}" if how else ""),
             *(f"{row[key]:.4f}" for key in ("first_loss", "of_first_10", "largest_difference", "best_val_loss")),
-            f"{row['ms_per_step']:.1f}",
         )
         for row in record["rows"]
         if row["status"] == "ok"
         for name, _, how in [row["backend"].partition(", ")]
     ]
-    header = ("Attention", "first loss", "differs at first by", "at most by", "validation loss", "ms a step")
-    absent = [f"`{row['backend']}` ({row['reason']})" for row in record["rows"] if row["status"] != "ok"]
+    header = ("Attention", "first loss", "differs at first by", "at most by", "validation loss")
+    absent = [
+        f"`{row['backend']}` ({row['reason'].rpartition('cannot run this call: ')[2]})"
+        for row in record["rows"]
+        if row["status"] != "ok"
+    ]
     told = f"Not measured: {'; '.join(absent)}.\n\n" if absent else ""
-    return f"\n{describe_machine(record)}.\n\n{markdown(Table('', header, rows, 'lrrrrr'))}{told}"
+    return f"\n{describe_machine(record)}.\n\n{markdown(Table('', header, rows, 'lrrrr'))}{told}"
 
 
 def runs(*paths: Path) -> str:
