@@ -115,7 +115,7 @@ class _Chunked(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
         count, grad_x, grad_weight = ctx.saved_tensors
         share = grad / count  # not rounded to 16 bits: where three batches are averaged it would be off by 0.2 %
-        grads = ((grad.to(share.dtype) * share).to(grad.dtype) for grad in (grad_x, grad_weight))
+        grads = ((x.to(share.dtype) * share).to(x.dtype) for x in (grad_x, grad_weight))
         return *grads, None, None, None, None
 
 
