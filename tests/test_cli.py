@@ -1,3 +1,4 @@
+import errno
 import os
 import signal
 import subprocess
@@ -5,6 +6,7 @@ import sys
 
 import pytest
 
+from flashlab import cli
 from flashlab.cli import main, reported
 
 
@@ -63,3 +65,20 @@ def test_a_reader_that_goes_away_ends_a_command_quietly(words):
     ran = subprocess.run([sys.executable, "-m", "flashlab", *words], stdout=write, stderr=subprocess.PIPE, text=True)
     os.close(write)
     assert (ran.returncode, ran.stderr) == (128 + signal.SIGPIPE, "")
+
+
+def test_a_value_that_begins_with_two_dashes_is_taken_as_it_is():
+    words = ["--separator", "-- end-of-doc --", "--max-gap", "3", "--x.y-z=a-b", "text --of-words"]
+    completed = cli._complete_flags(lambda: None, words)
+    assert completed == ["--separator", "-- end-of-doc --", "--max_gap", "3", "--x.y_z=a-b", "text --of-words"]
+
+
+def test_no_room_for_temporary_files_is_one_line(capsys):
+    def command():
+        raise FileNotFoundError(errno.ENOENT, "No usable temporary directory found in ['/tmp']")
+
+    assert reported(command) == 2
+    assert capsys.readouterr().err == (
+        "flashlab: error: No usable temporary directory found in ['/tmp']; free space there, or set TMPDIR to another "
+        "folder\n"
+    )

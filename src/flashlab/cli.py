@@ -124,6 +124,11 @@ def reported(command: Callable[[], int | None]) -> int:
             raise
         print(f"flashlab: error: {error.filename}: {error.strerror}; check its permissions", file=sys.stderr)
         return 2
+    except FileNotFoundError as error:  # libraries ask for one as they are imported
+        if "No usable temporary directory" not in str(error):
+            raise
+        print(f"flashlab: error: {error.strerror}; free space there, or set TMPDIR to another folder", file=sys.stderr)
+        return 2
     except KeyboardInterrupt as error:
         print("flashlab: interrupted", file=sys.stderr)
         return 128 + (signal.SIGTERM if isinstance(error, Terminated) else signal.SIGINT)
@@ -170,7 +175,8 @@ def _positionals(command: Callable[..., Any]) -> dict[str, inspect.Parameter]:
 
 def _complete_flags(command: Callable[..., Any], argv: list[str]) -> list[str]:
     """Let `--resume` stand for `--resume true`, `--max-gap` for `--max_gap`, and `--of a,b` or `--of a b` for lists."""
-    argv = [re.sub(r"^--[^=]+", lambda option: "--" + option[0][2:].replace("-", "_"), word) for word in argv]
+    flag = re.compile(r"\A--[A-Za-z][\w.+-]*(?==|$)")  # and not a value, as a text that begins with two dashes
+    argv = [flag.sub(lambda found: "--" + found[0][2:].replace("-", "_"), word) for word in argv]
     options = {f"--{name}": parameter for name, parameter in inspect.signature(command).parameters.items()}
     completed, rest = [], argv
     while rest:

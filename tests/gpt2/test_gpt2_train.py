@@ -251,6 +251,7 @@ def stopped(train, tmp_path, monkeypatch, capsys):
         ("--optimizer.lr 0.02", "was trained with optimizer.lr 0.003, this asks for 0.02"),
         ("--trainer.devices 2 --trainer.strategy fsdp --data.batch_size 2", "trainer.strategy ddp, this asks for fsdp"),
         ("--trainer.global_batch_tokens 512", "trainer.tokens_per_step 256, this asks for 512"),
+        ("--trainer.gradient_clip_val 0.5", "trainer.gradient_clip_val 1.0, this asks for 0.5"),
         ("--seed 7", "was trained with seed 0, this asks for 7; resume with"),
         ("--trainer.max_steps 5", "last.ckpt is at step 6, and the run is to end at step 5; ask for more"),
     ],
@@ -318,7 +319,10 @@ def test_a_trained_model_comes_with_its_tokenizer(train, corpus, vocabulary, tmp
     ("spoil", "complaint"),
     [
         (lambda path: path.unlink(), r"best.ckpt does not exist: .* go on with `flashlab gpt2 train ... --resume`"),
-        (lambda path: path.write_bytes(path.read_bytes()[:1000]), r"best.ckpt cannot be loaded \(.+\); take another"),
+        (
+            lambda path: path.write_bytes(path.read_bytes()[:1000]),
+            r"best.ckpt cannot be loaded \(it was cut short or damaged, and has 1,000 bytes\); take another",
+        ),
     ],
 )
 def test_a_checkpoint_that_does_not_load_is_one_line(reference, spoil, complaint, tmp_path):

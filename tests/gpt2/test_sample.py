@@ -1,4 +1,5 @@
 import itertools
+import math
 
 import pytest
 import torch
@@ -86,6 +87,12 @@ def test_top_k_and_top_p_are_those_of_transformers(top_k, top_p):
 def test_a_temperature_next_to_nothing_takes_the_likeliest(temperature):
     model, tokens = tiny(), some_tokens(2, 8)
     assert torch.equal(sampled(model, tokens, 5, temperature=temperature), sampled(model, tokens, 5, temperature=0))
+
+
+def test_a_tiny_top_p_leaves_the_likeliest():
+    logits = torch.tensor([[0.0, 3.0, 1.0]])
+    for top_p in (1e-46, 1e-50):
+        assert restrict(logits, None, top_p).tolist() == [[-math.inf, 3.0, -math.inf]]
 
 
 def test_in_16_bits_the_likeliest_tokens_do_not_tie():

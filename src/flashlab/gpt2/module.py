@@ -72,7 +72,7 @@ class GPTModule(LightningModule):
         super().__init__()
         self.automatic_optimization = False
         kept = {"model": asdict(config), "optimizer": asdict(optimizer), "tokenizer": tokenizer, "tokens": tokens}
-        how = {"strategy": strategy, "tokens_per_step": tokens_per_step}
+        how = {"strategy": strategy, "tokens_per_step": tokens_per_step, "gradient_clip_val": gradient_clip_val}
         self.save_hyperparameters(kept | {"trainer": how}, logger=False)
         self.gpt = GPT(chosen)
         self.config, self.strategy, self.compiled = optimizer, strategy, compiled

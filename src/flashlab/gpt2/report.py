@@ -1,7 +1,7 @@
 """Tables and the picture of docs/gpt2.md, from the result files that the scripts of examples/gpt2 write."""
 
 import json
-from itertools import pairwise
+from itertools import compress, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -120,7 +120,7 @@ def ablation(path: Path) -> str:
 def scaling(path: Path) -> str:
     """Show several GPUs beside one, from the figures of `examples/gpt2/experiments.py scaling`."""
     record = read(path, "gpt2_scaling", "python examples/gpt2/experiments.py scaling")
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for row in record["rows"]:
         efficiency = row.get("efficiency")
         tokens, mfu, ms, held = _speed(row)
@@ -139,7 +139,9 @@ def scaling(path: Path) -> str:
             )
         )
     header = ("", "tokens a step", "ms a step", "tokens/s", "of single GPUs", "MFU", "MiB held", "in use", "predicted")
-    return f"\n{describe_machine(record)}.\n\n{markdown(Table('', header, rows, 'l' + 'r' * 8))}"
+    known = [any(column) for column in zip(*rows, strict=True)]
+    header, *rows = (tuple(compress(cells, known)) for cells in (header, *rows))  # type: ignore[assignment]
+    return f"\n{describe_machine(record)}.\n\n{markdown(Table('', header, rows, 'l' + 'r' * (len(header) - 1)))}"
 
 
 def backends(path: Path) -> str:

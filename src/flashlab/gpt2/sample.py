@@ -166,5 +166,6 @@ def restrict(logits: Tensor, top_k: int | None, top_p: float) -> Tensor:
         ordered, order = logits.sort(dim=-1, descending=True)
         probability = ordered.softmax(dim=-1)
         before = probability.cumsum(dim=-1) - probability  # the likeliest has 0 before it, so that it always stays
-        logits = logits.masked_fill((before >= top_p).scatter(-1, order, before >= top_p), -torch.inf)
+        beyond = (before >= top_p) & (before > 0)  # in float32 a tiny top_p is 0
+        logits = logits.masked_fill(beyond.scatter(-1, order, beyond), -torch.inf)
     return logits

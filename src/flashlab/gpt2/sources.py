@@ -70,7 +70,7 @@ class Hub:
         try:
             import datasets
         except ImportError:
-            raise UserError(f"{HUB}{name} needs the package datasets: pip install 'flashlab[hub]'") from None
+            raise UserError(f"{HUB}{name} needs the package datasets: pip install datasets") from None
         self._name, self._field = f"{HUB}{name}", field
         name, _, revision = name.partition("@")
         path, _, config = name.partition(":")

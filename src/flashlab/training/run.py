@@ -11,6 +11,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
+from zipfile import is_zipfile
 
 import torch
 import yaml
@@ -114,7 +115,7 @@ class Run:
             except FileNotFoundError:
                 continue
             except Exception as error:  # a damaged file fails in as many ways as there are bytes
-                damaged.append(f"{path} is damaged ({one_line(error)})")
+                damaged.append(f"{path} is damaged ({_why_not_loaded(path, error)})")
                 continue
             differences = [
                 _difference(section, before, module.hparams[section], read, ignored)
@@ -282,12 +283,13 @@ def loading(path: Path, command: str) -> Iterator[None]:
         ) from None
     except Exception as error:  # a damaged file fails in as many ways as there are bytes
         raise UserError(
-            f"{path} cannot be loaded ({one_line(error)}); take another checkpoint or train again"
+            f"{path} cannot be loaded ({_why_not_loaded(path, error)}); take another checkpoint or train again"
         ) from error
 
 
-def one_line(error: Exception) -> str:
-    """Say why a checkpoint did not load, in one line."""
+def _why_not_loaded(path: Path, error: Exception) -> str:
+    if path.is_file() and not is_zipfile(path):  # of which torch says other things
+        return f"it was cut short or damaged, and has {path.stat().st_size:,} bytes"
     reason = " ".join(str(error).split()).rpartition("WeightsUnpickler error: ")[2]  # what torch says last, at length
     return reason.split(". ")[0][:200] or type(error).__name__
 
