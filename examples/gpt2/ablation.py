@@ -16,8 +16,6 @@ from typing import Any
 import torch
 from jsonargparse import auto_cli
 from jsonargparse.typing import PositiveInt
-from rich.console import Console
-from rich.markdown import Markdown
 from training_step import METHOD, Job, measure, require_whole, shape, warn_without_gpu
 
 from flashlab.cli import script
@@ -103,7 +101,7 @@ def ablation(
                     row["more_memory_mib"] = row["peak_memory_mib"] - before["peak_memory_mib"]
             rows[name] = row
             write_result(out, record | {"rows": list(rows.values())})  # what was measured stays
-    Console().print(Markdown(report.ablation(out)))
+    report.show(report.ablation(out))
     print(f"wrote {out}")
     return int(any(row["status"] == "failed" for row in rows.values()))
 

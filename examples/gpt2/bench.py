@@ -15,8 +15,6 @@ from typing import Any
 import torch
 from jsonargparse import auto_cli
 from jsonargparse.typing import PositiveInt
-from rich.console import Console
-from rich.markdown import Markdown
 from training_step import METHOD, Job, measure, require_whole, shape, warn_without_gpu
 
 from flashlab.attention import backends as attention
@@ -81,7 +79,7 @@ def bench(
                     row = measure(job, Path(folder) / "log")
                     record["rows"].append({"preset": preset, "implementation": implementation, **row})
                     write_result(out, record)  # what was measured stays, whatever becomes of the next
-    Console().print(Markdown(report.bench(out)))
+    report.show(report.bench(out))
     if any(row["status"] == "ok" for row in record["rows"]):
         with replacing(out.with_suffix(".png")) as partial:
             report.draw(record["rows"]).savefig(partial, format="png")

@@ -16,8 +16,6 @@ from typing import Any
 
 from jsonargparse import auto_cli
 from jsonargparse.typing import PositiveInt
-from rich.console import Console
-from rich.markdown import Markdown
 
 from flashlab.attention.backends import BACKENDS
 from flashlab.btc.report import read_curves
@@ -110,7 +108,7 @@ def scaling(
                 alone = alone or row
                 record["rows"].append(row)
                 write_result(out, record)
-    Console().print(Markdown(report.scaling(out)))
+    report.show(report.scaling(out))
     print(f"wrote {out}")
     return int(any(row["status"] != "ok" for row in record["rows"]))
 
@@ -157,7 +155,7 @@ def backends(
                 row["of_first_10"] = round(max(away[:10]), 5)
             record["rows"].append(row)
             write_result(out, record)
-    Console().print(Markdown(report.backends(out)))
+    report.show(report.backends(out))
     print(f"wrote {out}")
     required = ("ok", "unavailable")
     return int(record["rows"][0]["status"] != "ok" or any(row["status"] not in required for row in record["rows"]))

@@ -15,8 +15,6 @@ from typing import Any
 import torch
 from jsonargparse import auto_cli
 from jsonargparse.typing import PositiveInt
-from rich.console import Console
-from rich.markdown import Markdown
 from training_step import shape
 
 from flashlab.cli import script
@@ -86,7 +84,7 @@ def sampling(
                 }
             )
             write_result(out, record)
-    Console().print(Markdown(report.sampling(out)))
+    report.show(report.sampling(out))
     print(f"wrote {out}")
 
 

@@ -5,7 +5,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from socket import gethostname
 from tempfile import TemporaryFile
@@ -68,6 +68,23 @@ def writing(path: Path) -> Iterator[None]:
 
 
 @contextmanager
+def making(folder: Path) -> Iterator[None]:
+    """Make a folder where it is missing; what was made is taken away again if nothing came to be in it.
+
+    Raises:
+        OSError: the file system refuses it.
+    """
+    created = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    finally:
+        with suppress(OSError):
+            for path in created:
+                path.rmdir()  # refused where there is something in it
+
+
+@contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Write a file whole or not at all: gives the name to write to, in a folder that is made where it is missing.
 
@@ -77,8 +94,7 @@ def replacing(path: Path) -> Iterator[Path]:
         UserError: as of `writing`.
     """
     partial = path.with_name(f".{path.name}.{gethostname()}-{os.getpid()}.partial")
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with writing(path), making(path.parent):
         try:
             yield partial
             partial.replace(path)
@@ -105,9 +121,7 @@ def check_writable(option: str, path: Path) -> None:
 
 @contextmanager
 def alone_in(folder: Path, busy: str) -> Iterator[None]:
-    """Make a folder and keep every other process that asks out of it, in other containers too.
-
-    What was made is taken away again if nothing came to be in it.
+    """Make a folder as `making` does, and keep every other process that asks out of it, in other containers too.
 
     Args:
         folder: where they write.
@@ -117,23 +131,20 @@ def alone_in(folder: Path, busy: str) -> Iterator[None]:
         UserError: somebody is there, or as of `writing`.
     """
     lock = FileLock(folder / LOCK)
-    created: list[Path] = []
-    try:
+    with ExitStack() as made:
         with writing(folder):
-            created = [path for path in (folder, *folder.parents) if not path.exists()]
-            folder.mkdir(parents=True, exist_ok=True)
+            made.enter_context(making(folder))
             try:
                 lock.acquire(timeout=0)
             except Timeout:
                 raise UserError(f"{folder} {busy}") from None
-        yield
-    finally:
-        with suppress(OSError):
-            if lock.is_locked and all(path.name == LOCK for path in folder.iterdir()):
-                (folder / LOCK).unlink(missing_ok=True)
-            for path in created:
-                path.rmdir()  # refused where there is something in it
-        lock.release()
+        try:
+            yield
+        finally:
+            with suppress(OSError):
+                if all(path.name == LOCK for path in folder.iterdir()):
+                    (folder / LOCK).unlink(missing_ok=True)
+            lock.release()
 
 
 def write_text(path: Path, text: str) -> None:

@@ -253,6 +253,7 @@ def stopped(train, tmp_path, monkeypatch, capsys):
         ("--trainer.global_batch_tokens 512", "trainer.tokens_per_step 256, this asks for 512"),
         ("--trainer.gradient_clip_val 0.5", "trainer.gradient_clip_val 1.0, this asks for 0.5"),
         ("--seed 7", "was trained with seed 0, this asks for 7; resume with"),
+        ("--init weights", "began with random weights, this asks for weights; resume with"),
         ("--trainer.max_steps 5", "last.ckpt is at step 6, and the run is to end at step 5; ask for more"),
     ],
 )
@@ -480,10 +481,15 @@ def flashlab(*arguments):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_two_processes_train_as_one(reference, token_set, strategy, tmp_path):
+@pytest.mark.parametrize(
+    ("strategy", "more"),
+    [("ddp", ""), ("fsdp", ""), ("fsdp", "--model.n_layer 6 --model.activation_checkpointing true")],
+    ids=["ddp", "fsdp", "fsdp in groups"],
+)
+def test_two_processes_train_as_one(token_set, strategy, more, tmp_path):
     """Each computes half of every step, and fsdp keeps half of the model in each; compiled, as on GPUs."""
     options = ["--data.path", token_set, *TINY.split(), "--data.batch_size", 2, "--trainer.val_batches", 4]
+    options += more.split()
     together = ["--trainer.devices", 2, "--trainer.strategy", strategy, "--trainer.compile", "true"]
     for name, chosen in (("one", []), ("two", together)):
         ran = flashlab(*options, *chosen, "--run", tmp_path / name)

@@ -203,6 +203,17 @@ def test_on_a_gpu_512_tokens_of_gpt2_are_the_same_with_the_cache():
 
 
 @pytest.mark.gpu
+def test_on_a_gpu_no_token_is_waited_for():
+    drawn = generate(tiny(n_embd=64).cuda(), some_tokens(2, 10).cuda(), 30, top_k=20, top_p=0.9)
+    next(drawn), next(drawn)  # the graph is captured
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        assert len(list(drawn)) == 28
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("backend", ["flash_attention_2", "flash_attention_3", "sdpa_cudnn", "auto"])
 @pytest.mark.parametrize("autocast", [False, True])
 def test_on_a_gpu_a_cache_in_bfloat16_is_as_exact_as_all_positions_anew(autocast, backend):

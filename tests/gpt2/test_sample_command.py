@@ -1,9 +1,11 @@
+import errno
 import io
 import json
 import os
 import subprocess
 import sys
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 import torch
@@ -279,10 +281,17 @@ def test_a_folder_of_bytes_takes_no_vocabulary(run, tmp_path, capsys):
     assert "bytes have none" in refused(capsys, "sample", tmp_path, "--vocabulary", tmp_path)
 
 
-def test_what_cannot_be_exported_is_one_line_and_leaves_nothing(run, tmp_path, capsys):
+def test_what_cannot_be_exported_is_one_line_and_leaves_nothing(run, tmp_path, capsys, monkeypatch):
     assert "is the run itself" in refused(capsys, "export", run, "--out", run)
     rotary = write_run(tmp_path / "rotary", tiny(**TRAINED, position="rotary"))
     assert "format has no rotary position" in refused(capsys, "export", rotary, "--out", tmp_path / "hf")
     assert not (tmp_path / "hf").exists()
     (tmp_path / "file").touch()
     assert "a file stands where a folder should be" in refused(capsys, "export", run, "--out", tmp_path / "file")
+
+    def full(path, content):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    assert "No space left on device; free space there" in refused(capsys, "export", run, "--out", tmp_path / "a/hf")
+    assert not (tmp_path / "a").exists()

@@ -30,6 +30,8 @@ from flashlab.training.trainer import adamw
 
 # Options of `GPTConfig` that say how a model is computed, not what it is: a run may be resumed with others.
 COMPUTED = ("backend", "loss", "fused_mlp", "residual_in_fp32", "activation_checkpointing", "dropout")
+# Blocks that fsdp gathers at once. One by one, launching the exchanges takes longer than computing a small batch.
+GATHERED = 4
 
 
 class GPTModule(LightningModule):
@@ -90,8 +92,9 @@ class GPTModule(LightningModule):
             how: dict[str, Any] = {"mesh": self.device_mesh["data_parallel"]}  # type: ignore[index]
             if self.trainer.precision == "bf16-mixed":  # gathered in 16 bits; rotary angles are not rounded to them
                 how["mp_policy"] = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
-            for block in self.gpt.h:
-                fully_shard(block, **how)
+            blocks = list(self.gpt.h)
+            for first in range(0, len(blocks), GATHERED):
+                fully_shard(blocks[first : first + GATHERED], **how)
             fully_shard(self.gpt, **how)
 
     def training_step(self, blocks: Tensor) -> None:

@@ -8,6 +8,8 @@ from typing import Any
 import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
+from rich.console import Console
+from rich.markdown import Markdown
 
 from flashlab.bench.analysis import describe_machine, read
 from flashlab.bench.claims import markdown
@@ -53,6 +55,14 @@ def times(row: Row, theirs: str, rows: list[Row]) -> str:
         if same and row["status"] == other["status"] == "ok":
             return f"{row['tokens_per_s'] / other['tokens_per_s']:.2f}"
     return ""
+
+
+def show(text: str) -> None:
+    """Print a table: drawn in a terminal, and as Markdown, which is never cut, where something else reads it."""
+    if (console := Console()).is_terminal:
+        console.print(Markdown(text))
+    else:
+        print(text)
 
 
 def _speed(row: Row) -> tuple[str, ...]:

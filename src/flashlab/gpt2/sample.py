@@ -80,7 +80,9 @@ def generate(
             return logits.argmax(dim=-1)
         logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature  # none becomes inf by a small temperature
         probabilities = restrict(logits, top_k, top_p).softmax(dim=-1)
-        return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
+        # As torch.multinomial draws one of them, but for its look at the probabilities, which waits for the GPU.
+        waiting = torch.empty_like(probabilities).exponential_(generator=generator)
+        return (probabilities / waiting).argmax(dim=-1)
 
     return _generate(model, tokens, max_new_tokens, draw, stop, use_cache)
 

@@ -22,7 +22,7 @@ from flashlab.gpt2.options import DataConfig, LoggerConfig, ModelConfig, Optimiz
 from flashlab.gpt2.tokenizer import VOCABULARY
 from flashlab.gpt2.tokens import TokenSet, open_set
 from flashlab.training.callbacks import Checkpoints, Speed
-from flashlab.training.run import Run, plain
+from flashlab.training.run import Run, plain, read_record
 from flashlab.training.trainer import (
     choose_accelerator,
     choose_precision,
@@ -145,8 +145,14 @@ def train(
         num_workers=0 if tokens.is_local else 1,
     )
     checkpoint = this.last_good_checkpoint(module, datamodule, "tokens", COMPUTED) if resume else None
-    if init is not None and checkpoint is None:
-        huggingface.load(module.gpt, init)
+    if checkpoint is None:
+        if init is not None:
+            huggingface.load(module.gpt, init)
+    elif (before := read_record(run).get("init")) != config["init"]:
+        raise UserError(
+            f"{run} began with {before or 'random weights'}, this asks for {config['init'] or 'random weights'}; "
+            f"resume with {run / 'config.yaml'}, or choose another --run"
+        )
     facts = {
         "parameters": num_parameters(shape),
         "attention_backend": chosen.backend,
@@ -157,6 +163,7 @@ def train(
         "tokens_per_step": tokens_per_step,
         "accumulated": accumulated,
         "trained_on": trained_on,
+        "init": config["init"],
         "shape": [kept, config["optimizer"]],
     }
     with this.begun(config, facts) as record:
