@@ -102,7 +102,7 @@ def test_in_16_bits_the_likeliest_tokens_do_not_tie():
         model.ln_f.weight.fill_(0)
         model.ln_f.bias.fill_(1)
         model.wte.weight.copy_(-torch.linspace(1.5, 1.6, model.config.padded_vocab_size)[:, None])
-        logits = _next_logits(model, some_tokens(1, 4), None)
+        logits = _next_logits(model, model.head_weight.float(), some_tokens(1, 4), None)
     assert logits.dtype == torch.float32
     assert len(logits[0].unique()) == len(model.wte.weight[: model.config.vocab_size, 0].unique()) > 10
 
@@ -187,10 +187,11 @@ def test_misuse_and_an_unavailable_backend_are_refused():
 @pytest.mark.parametrize("backend", ["auto", "standard", "sdpa_math", "flex_attention"])
 def test_on_a_gpu_the_cache_changes_no_token(backend):
     torch.set_float32_matmul_precision("highest")
-    model, tokens = tiny(backend=backend, n_embd=64, block_size=128).cuda(), some_tokens(3, 10).cuda()
+    model, standard = (tiny(backend=name, n_embd=64, block_size=128).cuda() for name in (backend, "standard"))
+    tokens = some_tokens(3, 10).cuda()
     for options in ({"temperature": 0}, {"seed": 1}, {"top_k": 20, "top_p": 0.9}):
         found = sampled(model, tokens, 100, **options)
-        assert found.tolist() == sampled(model, tokens, 100, **options, use_cache=False).tolist()
+        assert found.tolist() == sampled(standard, tokens, 100, **options, use_cache=False).tolist()
 
 
 @pytest.mark.gpu
@@ -222,15 +223,16 @@ def test_on_a_gpu_a_cache_in_bfloat16_is_as_exact_as_all_positions_anew(autocast
     model = model if autocast else model.bfloat16()
     tokens = some_tokens(2, 40).cuda()
     cache = KeyValueCache(model.config, 2, 40, tokens.device, torch.bfloat16)
+    table = model.head_weight.detach().float()
     with torch.no_grad():
         right = exact(tokens)[:, 9:]
         with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
             try:
                 rough = model(tokens)[:, 9:].float()
-                found = [_next_logits(model, tokens[:, :10], cache)]
+                found = [_next_logits(model, table, tokens[:, :10], cache)]
             except BackendUnavailable as reason:
                 pytest.skip(str(reason))
-            step = _stepper(model, cache)
+            step = _stepper(model, table, cache)
         found += [step(tokens[:, index : index + 1]).clone() for index in range(10, 40)]
     error, allowed = ((logits - right).abs().max() for logits in (torch.stack(found, dim=1).float(), rough))
     assert error <= 2 * allowed

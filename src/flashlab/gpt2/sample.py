@@ -98,7 +98,8 @@ def _generate(
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else model.wte.weight.dtype
         cache = KeyValueCache(model.config, batch_size, length + max_new_tokens - 1, tokens.device, dtype)
     ended = torch.zeros(batch_size, dtype=torch.bool, device=tokens.device)
-    logits = _next_logits(model, tokens, cache)
+    table = model.head_weight.float()  # once, not for each token: for GPT-2 that took a seventh of a step
+    logits = _next_logits(model, table, tokens, cache)
     step = None
     for index in range(max_new_tokens):
         token = draw(logits)
@@ -110,26 +111,33 @@ def _generate(
             return
         if cache is None:
             tokens = torch.cat([tokens, token[:, None]], dim=1)
-            logits = _next_logits(model, tokens, None)
+            logits = _next_logits(model, table, tokens, None)
         else:
-            step = step or _stepper(model, cache)
+            step = step or _stepper(model, table, cache)
             logits = step(token[:, None])
 
 
-def _next_logits(model: GPT, tokens: Tensor, cache: KeyValueCache | None) -> Tensor:
-    """Return the logits ``[B, V]`` after tokens ``[B, S]``, in float32: in 16 bits the likeliest ones would tie."""
+def _next_logits(model: GPT, table: Tensor, tokens: Tensor, cache: KeyValueCache | None) -> Tensor:
+    """Return the logits ``[B, V]`` after tokens ``[B, S]``, in float32: in 16 bits the likeliest ones would tie.
+
+    Args:
+        model: computes the features.
+        table: its `head_weight` in float32.
+        tokens: those behind what the cache holds, or all.
+        cache: goes on where it ends.
+    """
     x = model.features(tokens, cache)[:, -1]
     with torch.autocast(x.device.type, enabled=False):
-        return F.linear(x.float(), model.head_weight.float())[:, : model.config.vocab_size]
+        return F.linear(x.float(), table)[:, : model.config.vocab_size]
 
 
-def _stepper(model: GPT, cache: KeyValueCache) -> Callable[[Tensor], Tensor]:
+def _stepper(model: GPT, table: Tensor, cache: KeyValueCache) -> Callable[[Tensor], Tensor]:
     """Return what computes the next logits ``[B, V]`` from tokens ``[B, 1]``.
 
     On a GPU a step of one token takes longer to launch than to compute; a CUDA graph launches it as a whole.
     """
     if not cache.seqlens.is_cuda or _backend_of_step(model, cache) not in CAPTURABLE:
-        return lambda token: _next_logits(model, token, cache)
+        return lambda token: _next_logits(model, table, token, cache)
     token, seqlens = torch.zeros_like(cache.seqlens, dtype=torch.int64)[:, None], cache.seqlens.clone()
     # The graph must not read casts of the weights that autocast frees when the caller leaves it.
     autocast, dtype = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
@@ -137,12 +145,12 @@ def _stepper(model: GPT, cache: KeyValueCache) -> Callable[[Tensor], Tensor]:
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):  # what a first call sets up must not be a part of the graph
-            _next_logits(model, token, cache)
+            _next_logits(model, table, token, cache)
         torch.cuda.current_stream().wait_stream(stream)
         cache.seqlens.copy_(seqlens)  # the key and the value that it wrote are written over by the next token's
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            logits = _next_logits(model, token, cache)
+            logits = _next_logits(model, table, token, cache)
 
     def replay(new: Tensor) -> Tensor:
         token.copy_(new)
