@@ -26,7 +26,9 @@ from flashlab.machine import provenance, write_result
 from flashlab.worker import run_flashlab
 
 HERE = Path(__file__).parent
-KEPT = ("tokens_per_s", "mfu", "ms_per_step", "peak_allocated_mib", "peak_memory_mib", "best_val_loss", "precision")
+SPEED = ("tokens_per_s", "mfu", "ms_per_step")
+MEMORY = ("peak_allocated_mib", "peak_memory_mib")
+LEARNT = ("best_val_loss", "precision")
 REFUSED = 2  # exit code of a mistake, or of what this machine cannot do
 # Where the forward pass ends most memory is in use. A parameter has its weight and AdamW's two averages in float32, of
 # which FSDP gives each GPU a share, and no gradient yet. Autocast's copy in 16 bits waits for the backward pass; FSDP
@@ -34,8 +36,8 @@ REFUSED = 2  # exit code of a mistake, or of what this machine cannot do
 SHARED_BYTES, COPIED_BYTES = 12, 2
 
 
-def train(run: Path, *options: object) -> dict[str, Any]:
-    """Run `flashlab gpt2 train`; return what it says of the run."""
+def train(run: Path, *options: object, kept: tuple[str, ...]) -> dict[str, Any]:
+    """Run `flashlab gpt2 train`; return what it says of the run, and of how it went what is to be kept."""
     done = run_flashlab("gpt2", "train", *options, "--run", run, stdout=sys.stderr, stderr=subprocess.PIPE)
     last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
     if done.returncode == REFUSED:
@@ -44,7 +46,7 @@ def train(run: Path, *options: object) -> dict[str, Any]:
         return {"status": "failed", "reason": f"exit code {done.returncode}: {last}"}
     record = json.loads((run / "run.json").read_text())
     facts = {name: record[name] for name in ("parameters", "attention_backend", "loss", "tokens_per_step")}
-    return {"status": "ok", "reason": None, **facts, **{name: record["finished"].get(name) for name in KEPT}}
+    return {"status": "ok", "reason": None, **facts, **{name: record["finished"].get(name) for name in kept}}
 
 
 def scaling(
@@ -92,12 +94,13 @@ def scaling(
                     "trainer.strategy": strategy if count > 1 else "ddp",
                 }
                 words = [word for name, value in options.items() for word in (f"--{name}", value)]
+                run = Path(folder) / str(len(record["rows"]))
                 row: dict[str, Any] = {
                     "preset": preset,
                     "strategy": strategy if count > 1 else None,
                     "devices": count,
                     "batch_size": size,
-                    **train(Path(folder) / str(len(record["rows"])), *words, *shlex.split(more)),
+                    **train(run, *words, *shlex.split(more), kept=SPEED + MEMORY + LEARNT),
                 }
                 if row["status"] == alone.get("status") == "ok":
                     row["efficiency"] = round(row["tokens_per_s"] / alone["tokens_per_s"] / count, 4)
@@ -146,7 +149,7 @@ def backends(
             run = Path(folder) / str(len(record["rows"]))
             fixed = ["--model.dropout", 0, "--trainer.max_steps", steps]
             options = ["--config", trained, "--data.path", data, *fixed, "--model.backend", name, *more]
-            row: dict[str, Any] = {"backend": label, **train(run, *options)}
+            row: dict[str, Any] = {"backend": label, **train(run, *options, kept=LEARNT)}
             if row["status"] == "ok":
                 row["train_loss"] = [round(float(loss), 5) for loss in read_curves(run)["train/loss"][1]]
                 expected = expected or row["train_loss"]
