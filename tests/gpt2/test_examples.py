@@ -148,7 +148,7 @@ def test_backends_train_alike_and_those_that_cannot_say_why(tokens, tmp_path):
         assert row["train_loss"] == pytest.approx(ran[0]["train_loss"], abs=1e-3)
         assert row["first_loss"] > row["train_loss"][-1]
     assert absent["reason"].startswith("attention backend 'flash_attention_2' cannot run")
-    assert "Not measured: flash_attention_2" in printed
+    assert "Not measured: `flash_attention_2`" in printed
 
 
 def test_sampling_measures_both_ways_and_compares_their_tokens(tmp_path):
