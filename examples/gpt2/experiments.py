@@ -12,7 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Literal
 
 from jsonargparse import auto_cli
 from jsonargparse.typing import PositiveInt
@@ -52,6 +52,7 @@ def train(run: Path, *options: object, kept: tuple[str, ...]) -> dict[str, Any]:
 def scaling(
     data: str,
     devices: PositiveInt = 2,
+    strategies: list[Literal["ddp", "fsdp"]] = ["ddp", "fsdp"],  # noqa: B006 - not changed
     batch_size: PositiveInt = 64,
     sharded: str = "gpt2-xl",
     sharded_batch_size: PositiveInt = 16,
@@ -65,6 +66,7 @@ def scaling(
     Args:
         data: token set.
         devices: how many GPUs.
+        strategies: what is measured: ddp trains gpt2, fsdp a model that is worth sharing out.
         batch_size: sequences that a GPU computes at once, of the preset gpt2.
         sharded: preset that FSDP trains.
         sharded_batch_size: the same, of that preset.
@@ -77,7 +79,7 @@ def scaling(
     record = start("gpt2_scaling", "scaling")
     cases = [("gpt2", "ddp", batch_size, 1), ("gpt2", "ddp", batch_size, 8), (sharded, "fsdp", sharded_batch_size, 1)]
     with TemporaryDirectory(prefix="flashlab-") as folder:
-        for preset, strategy, size, accumulated in cases:
+        for preset, strategy, size, accumulated in (case for case in cases if case[1] in strategies):
             alone: dict[str, Any] = {}
             for count in (1, devices):
                 options = {
