@@ -3,10 +3,13 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from multiprocessing.context import SpawnProcess
 
 import pytest
 
+from flashlab.errors import Terminated, terminable
 from flashlab.worker import Worker, WorkerLost, run_flashlab
 
 
@@ -22,6 +25,27 @@ def test_it_answers_and_passes_on_what_a_function_raises(worker):
     with pytest.raises(ValueError, match="invalid literal"):
         worker.call(int, "x", timeout_s=30)
     assert worker.call(os.getenv, "FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", timeout_s=30) == "1"
+
+
+def test_a_stop_that_comes_while_it_starts_waits_and_leaves_no_process(tmp_path, monkeypatch, capfd):
+    """Another thread takes the signal, as libraries have some, and Python acts on it in this one."""
+    original, started = SpawnProcess.start, []
+
+    def start(process):
+        os.kill(os.getpid(), signal.SIGTERM)
+        original(process)
+        started.append(process)
+
+    monkeypatch.setattr(SpawnProcess, "start", start)
+    ended = threading.Event()
+    threading.Thread(target=ended.wait).start()
+    try:
+        with terminable(), pytest.raises(Terminated):
+            Worker(tmp_path / "log")
+    finally:
+        ended.set()
+    assert [process.exitcode for process in started] == [-signal.SIGKILL]
+    assert capfd.readouterr() == ("", "")
 
 
 class Unsendable(Exception):  # noqa: N818

@@ -6,8 +6,8 @@ import pickle
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -41,11 +41,13 @@ class Worker:
         self.connection, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs, log), daemon=not has_children)
         resource_tracker.ensure_running()  # starting it lets signals through again, up to Python 3.13
-        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)  # else a stop in between leaves it with a traceback
         try:
-            self._process.start()
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+            with _stops_held_back():  # else a stop in between leaves it with a traceback
+                self._process.start()
+        except BaseException:
+            if self._process.is_alive():
+                self.stop()
+            raise
         theirs.close()
 
     def call(self, function: Callable[..., Any], *arguments: Any, timeout_s: float, **options: Any) -> Any:
@@ -110,6 +112,25 @@ def run_flashlab(*words: object, timeout_s: float | None = None, **options: Any)
             process.kill()
             raise
     return subprocess.CompletedProcess(command, process.returncode, out, err)
+
+
+@contextmanager
+def _stops_held_back() -> Iterator[None]:
+    """Hold SIGINT and SIGTERM back for a moment; a process that is started meanwhile has them blocked.
+
+    To block them does not suffice: a thread of a library may take one, and Python acts on it in the main thread.
+    """
+    came: list[int] = []
+    handlers = {stop: signal.signal(stop, lambda number, _: came.append(number)) for stop in STOPS}
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+        for stop, handler in handlers.items():
+            signal.signal(stop, handler)
+        for number in came:
+            signal.raise_signal(number)
 
 
 def _serve(pipe: Connection, log: Path) -> None:
