@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from jsonargparse import auto_cli
 from jsonargparse.typing import PositiveInt
-from training_step import METHOD, Job, measure, require_whole, shape, warn_without_gpu
+from training_step import METHOD, Job, check_out, measure, require_whole, shape, warn_without_gpu
 
 from flashlab.attention import backends as attention
 from flashlab.cli import script
@@ -65,6 +65,7 @@ def bench(
     for length in lengths:
         require_whole(tokens_per_step, length)
     contestants = [("flashlab", backend) for backend in backends] + [("transformers", name) for name in hugging_face]
+    check_out(out)
     command = shlex.join(["python", "examples/gpt2/bench.py", *sys.argv[1:]])
     record: dict[str, Any] = provenance("gpt2_bench") | {"command": command, "method": METHOD, "claim": CLAIM}
     record["rows"] = []

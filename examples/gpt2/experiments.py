@@ -10,17 +10,21 @@ import json
 import shlex
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 from jsonargparse import auto_cli
 from jsonargparse.typing import PositiveInt
+from training_step import check_out
 
 from flashlab.attention.backends import BACKENDS
 from flashlab.btc.report import read_curves
 from flashlab.cli import script
 from flashlab.gpt2 import report
+from flashlab.gpt2.config import GPTConfig, num_parameters
+from flashlab.gpt2.module import GATHERED
 from flashlab.gpt2.tokens import open_set
 from flashlab.machine import provenance, write_result
 from flashlab.worker import run_flashlab
@@ -29,10 +33,9 @@ HERE = Path(__file__).parent
 SPEED = ("tokens_per_s", "mfu", "ms_per_step")
 MEMORY = ("peak_allocated_mib", "peak_memory_mib")
 LEARNT = ("best_val_loss", "precision")
-REFUSED = 2  # exit code of a mistake, or of what this machine cannot do
-# Where the forward pass ends most memory is in use. A parameter has its weight and AdamW's two averages in float32, of
-# which FSDP gives each GPU a share, and no gradient yet. Autocast's copy in 16 bits waits for the backward pass; FSDP
-# gathers a block's again instead.
+UNAVAILABLE = "cannot run this call: "  # what a backend says, and behind it why
+# Of a parameter, where the forward pass ends and most memory is in use: its weight and AdamW's two averages in float32,
+# and no gradient yet; and autocast's copy in 16 bits, which waits for the backward pass.
 SHARED_BYTES, COPIED_BYTES = 12, 2
 
 
@@ -40,7 +43,7 @@ def train(run: Path, *options: object, kept: tuple[str, ...]) -> dict[str, Any]:
     """Run `flashlab gpt2 train`; return what it says of the run, and of how it went what is to be kept."""
     done = run_flashlab("gpt2", "train", *options, "--run", run, stdout=sys.stderr, stderr=subprocess.PIPE)
     last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
-    if done.returncode == REFUSED:
+    if UNAVAILABLE in last:
         return {"status": "unavailable", "reason": last.removeprefix("flashlab: error: ")}
     if done.returncode:
         return {"status": "failed", "reason": f"exit code {done.returncode}: {last}"}
@@ -76,7 +79,8 @@ def scaling(
         out: result file.
     """
     open_set(data)
-    record = start("gpt2_scaling", "scaling")
+    check_out(out)
+    record = start("gpt2_scaling")
     cases = [("gpt2", "ddp", batch_size, 1), ("gpt2", "ddp", batch_size, 8), (sharded, "fsdp", sharded_batch_size, 1)]
     with TemporaryDirectory(prefix="flashlab-") as folder:
         for preset, strategy, size, accumulated in (case for case in cases if case[1] in strategies):
@@ -107,8 +111,8 @@ def scaling(
                 if row["status"] == alone.get("status") == "ok":
                     row["efficiency"] = round(row["tokens_per_s"] / alone["tokens_per_s"] / count, 4)
                     if strategy == "fsdp" and alone["peak_allocated_mib"]:
-                        spared = SHARED_BYTES * (1 - 1 / count) + COPIED_BYTES * (row["precision"] == "bf16-mixed")
-                        predicted = alone["peak_allocated_mib"] - spared * row["parameters"] / 2**20
+                        shape = GPTConfig(**json.loads((run / "run.json").read_text())["shape"][0])
+                        predicted = alone["peak_allocated_mib"] - spared_bytes(shape, count) / 2**20
                         row["predicted_allocated_mib"] = round(predicted)
                 alone = alone or row
                 record["rows"].append(row)
@@ -116,6 +120,17 @@ def scaling(
     report.show(report.scaling(out))
     print(f"wrote {out}")
     return int(any(row["status"] != "ok" for row in record["rows"]))
+
+
+def spared_bytes(shape: GPTConfig, devices: int) -> float:
+    """Predict how many bytes less than one GPU alone each of several has in use by FSDP, in bfloat16.
+
+    Each keeps a share of what is in float32. Copies in 16 bits it has of the tables, of the blocks that are gathered,
+    and of as many that are being gathered meanwhile; all others are gathered again for the backward pass.
+    """
+    block = num_parameters(replace(shape, n_layer=2)) - num_parameters(replace(shape, n_layer=1))
+    absent = max(shape.n_layer - 2 * GATHERED, 0) * block
+    return SHARED_BYTES * (1 - 1 / devices) * num_parameters(shape) + COPIED_BYTES * absent
 
 
 def backends(
@@ -144,7 +159,8 @@ def backends(
         *((name, name, []) for name in names if name != "standard"),
     ]
     open_set(data)
-    record = start("gpt2_backends", "backends")
+    check_out(out)
+    record = start("gpt2_backends")
     expected: list[float] = []
     with TemporaryDirectory(prefix="flashlab-") as folder:
         for label, name, more in contestants:
@@ -166,7 +182,7 @@ def backends(
     return int(record["rows"][0]["status"] != "ok" or any(row["status"] not in required for row in record["rows"]))
 
 
-def start(kind: str, command: str) -> dict[str, Any]:
+def start(kind: str) -> dict[str, Any]:
     """Begin a result file."""
     words = ["python", "examples/gpt2/experiments.py", *sys.argv[1:]]
     return provenance(kind) | {"command": shlex.join(words), "rows": []}

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from jsonargparse import auto_cli
 from jsonargparse.typing import PositiveInt
-from training_step import shape
+from training_step import check_out, shape
 
 from flashlab.cli import script
 from flashlab.gpt2 import report
@@ -50,6 +50,7 @@ def sampling(
         repeats: how often each is timed.
         out: result file.
     """
+    check_out(out)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_float32_matmul_precision("highest")
     command = shlex.join(["python", "examples/gpt2/sampling.py", *sys.argv[1:]])

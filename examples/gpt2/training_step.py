@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from flashlab.attention import attention
-from flashlab.errors import UserError
+from flashlab.errors import UserError, check_writable
 from flashlab.gpt2 import config as config_module
 from flashlab.gpt2 import model as model_module
 from flashlab.gpt2.config import GPTConfig, flops_per_token, num_parameters, preset
@@ -84,6 +84,17 @@ def require_whole(tokens_per_step: int, length: int) -> None:
         raise UserError(f"--tokens_per_step {tokens_per_step:,} is no multiple of the length {length:,}")
 
 
+def check_out(out: Path) -> None:
+    """Make sure that a result file can be written, with its picture beside it, before anything is measured.
+
+    Raises:
+        UserError: its name does not end in .json, or it cannot be written.
+    """
+    if out.suffix != ".json":  # a picture has the same name with another ending
+        raise UserError(f"--out {out}: the result is JSON; name a file that ends in .json")
+    check_writable("--out", out)
+
+
 def warn_without_gpu() -> None:
     """Say beforehand what a measurement takes that is made for GPUs."""
     if not torch.cuda.is_available():
@@ -106,7 +117,8 @@ def measure(job: Job, log: Path) -> Row:
     finally:
         worker.stop()
     print(figures.get("reason") or f"{figures['tokens_per_s']:,} tokens/s", file=sys.stderr)
-    return {**asdict(job.config), "tokens_per_step": job.tokens_per_step, **figures}
+    compiled = job.compiled and job.implementation == "flashlab"
+    return {**asdict(job.config), "tokens_per_step": job.tokens_per_step, "compiled": compiled, **figures}
 
 
 def train(job: Job) -> Row:

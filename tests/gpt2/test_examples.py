@@ -2,10 +2,13 @@
 
 import json
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -50,11 +53,13 @@ def test_bench_measures_models_beside_transformers_and_says_what_cannot_run(tmp_
         (["bench.py", "--tokens_per_step", "100"], "--tokens_per_step 100 is no multiple of the length 1,024"),
         (["ablation.py", "--length", "100"], "--tokens_per_step 65,536 is no multiple of the length 100"),
         (["experiments.py", "scaling", "nope"], "nope is not a token set (it has no manifest.json); make it with"),
+        (["bench.py", "--presets", "[tiny]", "--lengths", "[32]", "--out", "x.png"], "JSON; name a file that ends in"),
+        (["sampling.py", "--preset", "tiny", "--out", "/dev/null/x.json"], "a file stands where a folder should be"),
     ],
 )
 def test_a_mistake_is_one_line(words, complaint, tmp_path):
     name, *options = words
-    command = [sys.executable, FOLDER / name, *options, "--out", tmp_path / "out.json"]
+    command = [sys.executable, FOLDER / name, *options, *([] if "--out" in words else ["--out", tmp_path / "out.json"])]
     ran = subprocess.run(list(map(str, command)), capture_output=True, text=True)
     assert ran.returncode == 2
     (line,) = ran.stderr.splitlines()
@@ -159,12 +164,9 @@ def test_sampling_measures_both_ways_and_compares_their_tokens(tmp_path):
     assert exact["times"] == pytest.approx(exact["tokens_per_s"] / exact["tokens_per_s_without_cache"], rel=0.02)
 
 
-def parsed(*files):
-    command = cli.load("gpt2 train")
-    parser = cli.build_parser("gpt2 train", command)
-    options = parser.instantiate(
-        parser.parse_args([word for file in files for word in ("--config", str(FOLDER / file))])
-    )
+def parsed(*words):
+    parser = cli.build_parser("gpt2 train", cli.load("gpt2 train"))
+    options = parser.instantiate(parser.parse_args(list(words)))
     return options.model, options.data, options.trainer, options.optimizer
 
 
@@ -186,7 +188,7 @@ def parsed(*files):
     ids=lambda value: value[-1] if isinstance(value, list) else "",
 )
 def test_a_configuration_is_what_the_readme_says(files, vocab_size, parameters, tokens):
-    model, data, trainer, optimizer = parsed(*files)
+    model, data, trainer, optimizer = parsed(*(f"--config={FOLDER / file}" for file in files))
     shape = model.shape(vocab_size)
     assert num_parameters(shape) == pytest.approx(parameters, rel=0.01)
     assert trainer.max_steps * trainer.global_batch_tokens == pytest.approx(tokens, rel=0.01)
@@ -195,3 +197,22 @@ def test_a_configuration_is_what_the_readme_says(files, vocab_size, parameters, 
         assert trainer.global_batch_tokens % (8 * data.batch_size * shape.block_size) == 0
         assert optimizer.warmup(trainer.global_batch_tokens) == trainer.max_steps // 100
     assert optimizer.min_lr == pytest.approx(optimizer.lr / 10)
+
+
+@pytest.mark.parametrize("page", ["docs/gpt2.md", "examples/gpt2/README.md"])
+def test_the_gpus_of_a_command_fill_a_step(page, monkeypatch):
+    """Of all machines that torchrun starts it on."""
+    monkeypatch.chdir(FOLDER.parents[1])
+    blocks = re.findall(r"```sh\n(.*?)```", Path(page).read_text(), re.DOTALL)
+    found = 0
+    for line in "\n".join(blocks).replace("\\\n", " ").splitlines():
+        before, command, rest = line.partition("flashlab gpt2 train ")
+        if not command:
+            continue
+        model, data, trainer, _ = parsed(*(word for word in shlex.split(rest) if word != "--resume"))
+        nodes, each = (re.search(rf"--{name} (\d+)", before) for name in ("nnodes", "nproc-per-node"))
+        if nodes and each:
+            trainer = replace(trainer, num_nodes=int(nodes[1]), devices=int(each[1]))
+        assert trainer.accumulated(data.batch_size, model.shape(50257).block_size) >= 1
+        found += 1
+    assert found >= 2

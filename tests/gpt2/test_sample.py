@@ -7,9 +7,9 @@ import transformers
 from test_gpt2_model import hugging_face
 from tiny import CPU_BACKENDS, UNLIKE_GPT2, some_tokens, tiny
 
-from flashlab.attention import BackendUnavailable
-from flashlab.attention.backends import BACKENDS
+from flashlab.attention import AttentionSpec, BackendUnavailable
 from flashlab.errors import UserError
+from flashlab.gpt2 import sample
 from flashlab.gpt2.config import preset
 from flashlab.gpt2.model import GPT, KeyValueCache
 from flashlab.gpt2.sample import _backend_of_step, _next_logits, _stepper, generate, restrict
@@ -107,11 +107,14 @@ def test_in_16_bits_the_likeliest_tokens_do_not_tie():
     assert len(logits[0].unique()) == len(model.wte.weight[: model.config.vocab_size, 0].unique()) > 10
 
 
-def test_what_auto_takes_for_a_step_decides_whether_it_can_be_captured():
+def test_what_auto_takes_for_a_step_decides_whether_it_can_be_captured(monkeypatch):
+    asked = []
+    monkeypatch.setattr(sample, "resolve", lambda *arguments: asked.append(arguments) or "chosen")
     model = tiny(backend="auto")
     cache = KeyValueCache(model.config, 2, 40, torch.device("cpu"), torch.float32)
-    assert _backend_of_step(tiny(backend="standard"), cache) == "standard"
-    assert _backend_of_step(model, cache) in BACKENDS
+    assert _backend_of_step(model, cache) == "chosen"
+    spec = AttentionSpec(2, 1, 40, 4, 4, 12, torch.float32, torch.device("cpu"), causal=True, layout="cache")
+    assert asked == [("auto", spec)]
 
 
 def test_tokens_come_one_by_one():

@@ -194,25 +194,20 @@ class ShuffledShards(Order):
 
 
 class OrderedBatches(Sampler[list[int]]):
-    """Batches of all blocks once, in their order: rank r of W has blocks r, r + W, r + 2 W and so on.
+    """Batches of the first blocks, each once and in their order: rank r of W has blocks r, r + W, r + 2 W and so on.
 
     Every rank has as many batches of the same sizes as the others, as sharded models need it: the blocks behind the
     last multiple of W are left out.
 
     Args:
-        num_blocks: of the part.
+        num_blocks: how many.
         batch_size: per rank; the last batch may be smaller.
-        max_batches: read only the first so many batches; None reads all.
         rank: of this process.
         world_size: how many read together.
     """
 
-    def __init__(
-        self, num_blocks: int, batch_size: int, *, max_batches: int | None = None, rank: int = 0, world_size: int = 1
-    ) -> None:
+    def __init__(self, num_blocks: int, batch_size: int, *, rank: int = 0, world_size: int = 1) -> None:
         self.blocks = list(range(num_blocks - num_blocks % world_size))[rank::world_size]
-        if max_batches is not None:
-            self.blocks = self.blocks[: max_batches * batch_size]
         self.batch_size = batch_size
 
     def __len__(self) -> int:

@@ -29,8 +29,8 @@ from flashlab.training.run import loading
 from flashlab.training.trainer import adamw
 
 # Options of `GPTConfig` that say how a model is computed, not what it is: a run may be resumed with others.
-COMPUTED = ("backend", "loss", "fused_mlp", "residual_in_fp32", "activation_checkpointing", "dropout")
-# Blocks that fsdp gathers at once. One by one, launching the exchanges takes longer than computing a small batch.
+COMPUTED = ("backend", "loss", "fused_mlp", "residual_in_fp32", "activation_checkpointing")
+# Blocks that fsdp gathers at once: one by one, a small batch would wait for the exchanges to be launched.
 GATHERED = 4
 
 
@@ -46,6 +46,7 @@ class GPTModule(LightningModule):
         tokenizer: of the tokens, as its `describe` says.
         tokens: which tokens these are.
         strategy: ddp or fsdp; it decides how a checkpoint keeps the optimiser's state.
+        init: folder of the weights that it began with; None for random ones.
         chosen: what the run has in place of auto in `config`.
         batch_size: sequences of a micro-batch.
         max_steps: of the whole run.
@@ -63,6 +64,7 @@ class GPTModule(LightningModule):
         tokens: str,
         strategy: str,
         *,
+        init: str | None,
         chosen: GPTConfig,
         batch_size: int,
         max_steps: int,
@@ -75,7 +77,7 @@ class GPTModule(LightningModule):
         self.automatic_optimization = False
         kept = {"model": asdict(config), "optimizer": asdict(optimizer), "tokenizer": tokenizer, "tokens": tokens}
         how = {"strategy": strategy, "tokens_per_step": tokens_per_step, "gradient_clip_val": gradient_clip_val}
-        self.save_hyperparameters(kept | {"trainer": how}, logger=False)
+        self.save_hyperparameters(kept | {"trainer": how | {"init": init}}, logger=False)
         self.gpt = GPT(chosen)
         self.config, self.strategy, self.compiled = optimizer, strategy, compiled
         self.batch_size, self.max_steps, self.tokens_per_step = batch_size, max_steps, tokens_per_step
@@ -184,13 +186,15 @@ class TokensDataModule(ResumedData):
 
     def val_dataloader(self) -> DataLoader[Tensor]:
         assert self.trainer is not None
-        world = {"rank": self.trainer.global_rank, "world_size": self.trainer.world_size}
-        most = self.val_batches and -(-self.val_batches // self.trainer.world_size)
-        batches = OrderedBatches(len(self.validation), self.val_batch_size, max_batches=most, **world)
+        count, rank, ranks = len(self.validation), self.trainer.global_rank, self.trainer.world_size
+        if self.val_batches is not None:
+            count = min(count, max(self.val_batches * self.val_batch_size, ranks))
+        batches = OrderedBatches(count, self.val_batch_size, rank=rank, world_size=ranks)
         return self._load(self.validation, batches)
 
     def _load(self, blocks: Blocks, batches: Any) -> DataLoader[Tensor]:
-        pinned = torch.cuda.is_available()
+        assert self.trainer is not None
+        pinned = self.trainer.strategy.root_device.type == "cuda"
         return loader(blocks, batches, num_workers=self.num_workers, prefetch=8, pin_memory=pinned)
 
 

@@ -1,6 +1,7 @@
 """Tables and the picture of docs/gpt2.md, from the result files that the scripts of examples/gpt2 write."""
 
 import json
+import sys
 from itertools import compress, pairwise
 from pathlib import Path
 from typing import Any
@@ -59,8 +60,8 @@ def times(row: Row, theirs: str, rows: list[Row]) -> str:
 
 def show(text: str) -> None:
     """Print a table: drawn in a terminal, and as Markdown, which is never cut, where something else reads it."""
-    if (console := Console()).is_terminal:
-        console.print(Markdown(text))
+    if sys.stdout.isatty():
+        Console().print(Markdown(text))
     else:
         print(text)
 
@@ -166,7 +167,7 @@ def backends(path: Path) -> str:
         if row["status"] == "ok"
         for name, _, how in [row["backend"].partition(", ")]
     ]
-    header = ("Attention", "first loss", "differs at first by", "at most by", "validation loss")
+    header = ("Attention", "first logged loss", "differs at first by", "at most by", "validation loss")
     absent = [
         f"`{row['backend']}` ({row['reason'].rpartition('cannot run this call: ')[2]})"
         for row in record["rows"]

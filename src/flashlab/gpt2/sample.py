@@ -98,7 +98,7 @@ def _generate(
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else model.wte.weight.dtype
         cache = KeyValueCache(model.config, batch_size, length + max_new_tokens - 1, tokens.device, dtype)
     ended = torch.zeros(batch_size, dtype=torch.bool, device=tokens.device)
-    table = model.head_weight.float()  # once, not for each token: for GPT-2 that took a seventh of a step
+    table = model.head_weight.float()  # once: for each token that would be a tensor of a hundred megabytes
     logits = _next_logits(model, table, tokens, cache)
     step = None
     for index in range(max_new_tokens):

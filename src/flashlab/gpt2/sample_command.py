@@ -74,30 +74,30 @@ def sample(
     text = _read_prompt(prompt, prompt_file)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a model may write what a terminal's encoding has no word for
-    model, tokenizer = load_model(run, checkpoint, vocabulary)
-    on_gpu = torch.cuda.is_available()
-    rough = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
-    model.to(device="cuda" if on_gpu else "cpu", dtype=torch.bfloat16 if rough else torch.float32).eval()
-    use_backend(model, backend)
-    encoded = tokenizer.encode(text).tolist() or [tokenizer.end_of_text]
-    room = model.config.block_size - len(encoded) + 1  # the last token is drawn, and not read
-    if max_new_tokens is None and room < 1:
-        raise UserError(
-            f"the prompt has {len(encoded):,} tokens, and block_size is {model.config.block_size:,}; give a shorter one"
+    with enough_memory("free some, or ask for fewer or shorter samples"):
+        model, tokenizer = load_model(run, checkpoint, vocabulary)
+        on_gpu = torch.cuda.is_available()
+        rough = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
+        model.to(device="cuda" if on_gpu else "cpu", dtype=torch.bfloat16 if rough else torch.float32).eval()
+        use_backend(model, backend)
+        encoded = tokenizer.encode(text).tolist() or [tokenizer.end_of_text]
+        room = model.config.block_size - len(encoded) + 1  # the last token is drawn, and not read
+        if max_new_tokens is None and room < 1:
+            raise UserError(
+                f"the prompt has {len(encoded):,} tokens, and block_size is {model.config.block_size:,}; give a shorter one"
+            )
+        count = max_new_tokens or min(room, MOST_NEW_TOKENS)
+        tokens = torch.tensor([encoded] * num_samples, device=model.wte.weight.device)
+        drawn = generate(
+            model,
+            tokens,
+            count,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            seed=seed,
+            stop=tokenizer.end_of_text,
         )
-    count = max_new_tokens or min(room, MOST_NEW_TOKENS)
-    tokens = torch.tensor([encoded] * num_samples, device=model.wte.weight.device)
-    drawn = generate(
-        model,
-        tokens,
-        count,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        seed=seed,
-        stop=tokenizer.end_of_text,
-    )
-    with enough_memory("ask for fewer or shorter samples"):
         if num_samples == 1:
             texts: list[Iterator[str]] = [_decoded(tokenizer, (int(token) for token in drawn))]
         else:

@@ -22,7 +22,7 @@ from flashlab.gpt2.options import DataConfig, LoggerConfig, ModelConfig, Optimiz
 from flashlab.gpt2.tokenizer import VOCABULARY
 from flashlab.gpt2.tokens import TokenSet, open_set
 from flashlab.training.callbacks import Checkpoints, Speed
-from flashlab.training.run import Run, plain, read_record
+from flashlab.training.run import Run, plain
 from flashlab.training.trainer import (
     choose_accelerator,
     choose_precision,
@@ -104,8 +104,10 @@ def train(
     if optimizer.min_lr > optimizer.lr:
         raise UserError(f"--optimizer.min_lr {optimizer.min_lr} is above --optimizer.lr {optimizer.lr}; lower it")
     trained_on = tokens.manifest["folder"]
-    kept = {name: value for name, value in asdict(shape).items() if name not in COMPUTED}
-    if this.is_trained(trained_on, [kept, config["optimizer"]], max_steps, f"other tokens than {data.path} holds"):
+    begun_with = str(init.resolve()) if init else None
+    how = [trainer.strategy, tokens_per_step, trainer.gradient_clip_val, begun_with, seed]
+    kept = [{name: value for name, value in asdict(shape).items() if name not in COMPUTED}, config["optimizer"], how]
+    if this.is_trained(trained_on, kept, max_steps, f"other tokens than {data.path} holds"):
         return 0
     accelerator = choose_accelerator(trainer.accelerator, devices)
     precision = choose_precision(trainer.precision, accelerator)
@@ -126,6 +128,7 @@ def train(
         tokens.manifest["tokenizer"],
         trained_on,
         trainer.strategy,
+        init=begun_with,
         chosen=chosen,
         batch_size=data.batch_size,
         max_steps=max_steps,
@@ -145,14 +148,8 @@ def train(
         num_workers=0 if tokens.is_local else 1,
     )
     checkpoint = this.last_good_checkpoint(module, datamodule, "tokens", COMPUTED) if resume else None
-    if checkpoint is None:
-        if init is not None:
-            huggingface.load(module.gpt, init)
-    elif (before := read_record(run).get("init")) != config["init"]:
-        raise UserError(
-            f"{run} began with {before or 'random weights'}, this asks for {config['init'] or 'random weights'}; "
-            f"resume with {run / 'config.yaml'}, or choose another --run"
-        )
+    if init is not None and checkpoint is None:
+        huggingface.load(module.gpt, init)
     facts = {
         "parameters": num_parameters(shape),
         "attention_backend": chosen.backend,
@@ -163,8 +160,7 @@ def train(
         "tokens_per_step": tokens_per_step,
         "accumulated": accumulated,
         "trained_on": trained_on,
-        "init": config["init"],
-        "shape": [kept, config["optimizer"]],
+        "shape": kept,
     }
     with this.begun(config, facts) as record:
         if this.is_first:

@@ -120,7 +120,7 @@ class Speed(Callback):
         step = trainer.global_step
         if step < self._first or step % trainer.log_every_n_steps:  # type: ignore[attr-defined]
             return
-        if torch.cuda.is_available():
+        if trainer.strategy.root_device.type == "cuda":
             torch.cuda.synchronize()
         now = perf_counter()
         if self._since is not None:

@@ -82,7 +82,7 @@ class Run:
         if before.get("trained_on") != trained_on:
             raise UserError(f"{self.folder} was trained on {mistaken}; choose another --run")
         if before.get("shape") != shape:
-            raise UserError(f"{self.folder} was trained with other model or optimizer options; choose another --run")
+            raise UserError(f"{self.folder} was trained with other options; choose another --run")
         if (planned := finished.get("max_steps", max_steps)) != max_steps:
             raise UserError(
                 f"{self.folder} has ended, planned for {planned:,} steps, not {max_steps:,}; choose another --run"
