@@ -84,7 +84,8 @@ def sample(
         room = model.config.block_size - len(encoded) + 1  # the last token is drawn, and not read
         if max_new_tokens is None and room < 1:
             raise UserError(
-                f"the prompt has {len(encoded):,} tokens, and block_size is {model.config.block_size:,}; give a shorter one"
+                f"the prompt has {len(encoded):,} tokens, and block_size is {model.config.block_size:,}; "
+                "give a shorter one"
             )
         count = max_new_tokens or min(room, MOST_NEW_TOKENS)
         tokens = torch.tensor([encoded] * num_samples, device=model.wte.weight.device)
