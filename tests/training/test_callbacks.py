@@ -17,7 +17,8 @@ def run(monkeypatch):
         now, logged = [0.0], []
         monkeypatch.setattr(callbacks, "perf_counter", lambda: now[0])
         logger = SimpleNamespace(log_metrics=lambda rates, step: logged.append(rates))
-        trainer = SimpleNamespace(global_step=0, log_every_n_steps=5, loggers=[logger])
+        strategy = SimpleNamespace(root_device=torch.device("cpu"))
+        trainer = SimpleNamespace(global_step=0, log_every_n_steps=5, loggers=[logger], strategy=strategy)
         speed.on_train_start(trainer)
         now[0] += 90.0  # compiling
         for step in range(1, count + 1):
