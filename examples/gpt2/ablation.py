@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from jsonargparse import auto_cli
 from jsonargparse.typing import PositiveInt
-from training_step import METHOD, Job, check_out, measure, require_whole, shape, warn_without_gpu
+from training_step import METHOD, Job, check_out, measure, require_backend, require_whole, shape, warn_without_gpu
 
 from flashlab.cli import script
 from flashlab.gpt2 import report
@@ -84,6 +84,7 @@ def ablation(
         out: result file.
     """
     require_whole(tokens_per_step, length)
+    require_backend(backend)
     check_out(out)
     config = shape(preset, block_size=length, backend=backend)
     base = Job(config, tokens_per_step=tokens_per_step, compiled=compiled, steps=steps)

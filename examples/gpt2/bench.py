@@ -15,11 +15,10 @@ from typing import Any
 import torch
 from jsonargparse import auto_cli
 from jsonargparse.typing import PositiveInt
-from training_step import METHOD, Job, check_out, measure, require_whole, shape, warn_without_gpu
+from training_step import METHOD, Job, check_out, measure, require_backend, require_whole, shape, warn_without_gpu
 
-from flashlab.attention import backends as attention
 from flashlab.cli import script
-from flashlab.errors import UserError, replacing
+from flashlab.errors import replacing
 from flashlab.gpt2 import report
 from flashlab.machine import provenance, write_result
 
@@ -58,10 +57,8 @@ def bench(
         hugging_face = []
     for preset in presets:
         shape(preset)
-    names = ("auto", *attention.BACKENDS)
     for backend in backends:
-        if backend not in names:
-            raise UserError(f"--backends: no attention backend {backend!r}; there are: {', '.join(names)}")
+        require_backend(backend)
     for length in lengths:
         require_whole(tokens_per_step, length)
     contestants = [("flashlab", backend) for backend in backends] + [("transformers", name) for name in hugging_face]

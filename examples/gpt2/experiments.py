@@ -22,6 +22,7 @@ from training_step import check_out
 from flashlab.attention.backends import BACKENDS
 from flashlab.btc.report import read_curves
 from flashlab.cli import script
+from flashlab.errors import UserError
 from flashlab.gpt2 import report
 from flashlab.gpt2.config import GPTConfig, num_parameters
 from flashlab.gpt2.module import GATHERED
@@ -33,6 +34,8 @@ HERE = Path(__file__).parent
 SPEED = ("tokens_per_s", "mfu", "ms_per_step")
 MEMORY = ("peak_allocated_mib", "peak_memory_mib")
 LEARNT = ("best_val_loss", "precision")
+LOGGED_EVERY = 5
+FEWEST = 4 * LOGGED_EVERY  # steps from which a run knows its speed
 UNAVAILABLE = "cannot run this call: "  # what a backend says, and behind it why
 # Of a parameter, where the forward pass ends and most memory is in use: its weight and AdamW's two averages in float32,
 # and no gradient yet; and autocast's copy in 16 bits, which waits for the backward pass.
@@ -80,6 +83,8 @@ def scaling(
     """
     open_set(data)
     check_out(out)
+    if steps < FEWEST:
+        raise UserError(f"--steps {steps} are too few to measure a speed by; take {FEWEST} or more")
     record = start("gpt2_scaling")
     cases = [("gpt2", "ddp", batch_size, 1), ("gpt2", "ddp", batch_size, 8), (sharded, "fsdp", sharded_batch_size, 1)]
     with TemporaryDirectory(prefix="flashlab-") as folder:
@@ -93,7 +98,7 @@ def scaling(
                     "model.block_size": block_size,
                     "optimizer.warmup_steps": 10,
                     "trainer.max_steps": steps,
-                    "trainer.log_every_n_steps": 5,
+                    "trainer.log_every_n_steps": LOGGED_EVERY,
                     "trainer.val_batches": count,
                     "trainer.global_batch_tokens": size * block_size * accumulated * count,
                     "trainer.devices": count,
@@ -160,6 +165,8 @@ def backends(
     ]
     open_set(data)
     check_out(out)
+    if not trained.is_file():
+        raise UserError(f"--trained {trained}: there is no such file; name a configuration of `flashlab gpt2 train`")
     record = start("gpt2_backends")
     expected: list[float] = []
     with TemporaryDirectory(prefix="flashlab-") as folder:

@@ -51,6 +51,8 @@ def sampling(
         out: result file.
     """
     check_out(out)
+    if not torch.cuda.is_available() and preset != "tiny":
+        print("there is no GPU: any preset but tiny takes long", file=sys.stderr)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_float32_matmul_precision("highest")
     command = shlex.join(["python", "examples/gpt2/sampling.py", *sys.argv[1:]])

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from flashlab.attention import attention
+from flashlab.attention.backends import BACKENDS
 from flashlab.errors import UserError, check_writable
 from flashlab.gpt2 import config as config_module
 from flashlab.gpt2 import model as model_module
@@ -72,6 +73,16 @@ def shape(name: str, **changes: Any) -> GPTConfig:
         UserError: there is no such preset, or no model can have this shape.
     """
     return replace(TINY, **changes) if name == "tiny" else preset(name, **changes)
+
+
+def require_backend(name: str) -> None:
+    """Refuse what is no attention backend.
+
+    Raises:
+        UserError: there is none of this name.
+    """
+    if name not in (names := ("auto", *BACKENDS)):
+        raise UserError(f"no attention backend {name!r}; there are: {', '.join(names)}")
 
 
 def require_whole(tokens_per_step: int, length: int) -> None:

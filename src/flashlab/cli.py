@@ -109,7 +109,8 @@ def reported(command: Callable[[], int | None]) -> int:
     try:
         with terminable():
             code = command() or 0
-            sys.stdout.flush()
+            if sys.stdout is not None:  # it may be closed
+                sys.stdout.flush()
             return code
     except UserError as error:
         print(f"flashlab: error: {error}", file=sys.stderr)

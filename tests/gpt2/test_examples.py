@@ -49,9 +49,10 @@ def test_bench_measures_models_beside_transformers_and_says_what_cannot_run(tmp_
     ("words", "complaint"),
     [
         (["bench.py", "--presets", "[nope]"], "no preset 'nope'"),
-        (["bench.py", "--backends", "[nope]"], "--backends: no attention backend 'nope'; there are: auto, standard"),
+        (["bench.py", "--backends", "[nope]"], "no attention backend 'nope'; there are: auto, standard"),
         (["bench.py", "--tokens_per_step", "100"], "--tokens_per_step 100 is no multiple of the length 1,024"),
         (["ablation.py", "--length", "100"], "--tokens_per_step 65,536 is no multiple of the length 100"),
+        (["ablation.py", "--backend", "nope"], "no attention backend 'nope'; there are: auto, standard"),
         (["experiments.py", "scaling", "nope"], "nope is not a token set (it has no manifest.json); make it with"),
         (["bench.py", "--presets", "[tiny]", "--lengths", "[32]", "--out", "x.png"], "JSON; name a file that ends in"),
         (["sampling.py", "--preset", "tiny", "--out", "/dev/null/x.json"], "a file stands where a folder should be"),
@@ -118,6 +119,18 @@ def tokens(tmp_path_factory):
     text.write_text("".join(json.dumps({"text": f"{number} is a number. " * 20}) + "\n" for number in range(100)))
     assert cli.main(["gpt2", "prepare", str(text), "--out", str(out), "--validation", "0.2"]) == 0
     return out
+
+
+def test_an_experiment_refuses_what_would_fail_after_hours(tokens, tmp_path):
+    out = ["--out", tmp_path / "out.json"]
+    for words, complaint in (
+        (["scaling", tokens, "--steps", 10], "--steps 10 are too few to measure a speed by; take 20 or more"),
+        (["backends", tokens, "--trained", "nope.yaml"], "--trained nope.yaml: there is no such file"),
+    ):
+        command = [sys.executable, FOLDER / "experiments.py", *words, *out]
+        ran = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+        assert ran.returncode == 2
+        assert complaint in ran.stderr
 
 
 @pytest.mark.slow  # six trainings

@@ -277,12 +277,17 @@ def test_a_prompt_that_is_no_text_is_refused(run, tmp_path, capsys):
 
 
 def test_a_folder_of_bytes_takes_no_vocabulary(run, tmp_path, capsys):
-    assert command(capsys, "export", run, "--out", tmp_path)[0] == 0
-    assert "bytes have none" in refused(capsys, "sample", tmp_path, "--vocabulary", tmp_path)
+    assert command(capsys, "export", run, "--out", tmp_path / "hf")[0] == 0
+    assert "bytes have none" in refused(capsys, "sample", tmp_path / "hf", "--vocabulary", tmp_path)
+    assert "--checkpoint last.ckpt is for a run" in refused(
+        capsys, "sample", tmp_path / "hf", "--checkpoint", "last.ckpt"
+    )
+    assert command(capsys, "export", run, "--out", tmp_path / "hf")[0] == 0  # once more
 
 
 def test_what_cannot_be_exported_is_one_line_and_leaves_nothing(run, tmp_path, capsys, monkeypatch):
-    assert "is the run itself" in refused(capsys, "export", run, "--out", run)
+    for folder in (run, run / "checkpoints"):
+        assert "holds something other than an exported model" in refused(capsys, "export", run, "--out", folder)
     rotary = write_run(tmp_path / "rotary", tiny(**TRAINED, position="rotary"))
     assert "format has no rotary position" in refused(capsys, "export", rotary, "--out", tmp_path / "hf")
     assert not (tmp_path / "hf").exists()

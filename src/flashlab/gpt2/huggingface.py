@@ -45,7 +45,10 @@ def read_config(folder: Path) -> GPTConfig:
         found = json.loads(path.read_text(encoding="utf-8"))
         shape = {name: found.get(name, default) for name, default in SHAPE.items()}
     except FileNotFoundError:
-        raise UserError(f"{path}: there is no such file; name a folder that holds {CONFIG} and {WEIGHTS}") from None
+        raise UserError(
+            f"{path}: there is no such file; name a folder that holds {CONFIG} and {WEIGHTS}, as `flashlab gpt2 "
+            "export` makes it of a run"
+        ) from None
     except (OSError, ValueError, AttributeError) as error:
         raise UserError(f"{path}: cannot read it ({_one_line(error)}); fetch it again") from error
     for name, (default, computed) in COMPUTED.items():

@@ -83,9 +83,10 @@ def sample(
         encoded = tokenizer.encode(text).tolist() or [tokenizer.end_of_text]
         room = model.config.block_size - len(encoded) + 1  # the last token is drawn, and not read
         if max_new_tokens is None and room < 1:
+            beyond = ", or --max_new_tokens to go beyond" if model.config.position == "rotary" else ""
             raise UserError(
                 f"the prompt has {len(encoded):,} tokens, and block_size is {model.config.block_size:,}; "
-                "give a shorter one"
+                f"give a shorter one{beyond}"
             )
         count = max_new_tokens or min(room, MOST_NEW_TOKENS)
         tokens = torch.tensor([encoded] * num_samples, device=model.wte.weight.device)
@@ -122,11 +123,11 @@ def export(run: Path, *, out: Path, checkpoint: str = BEST) -> None:
 
     Raises:
         UserError: there is no such run or checkpoint, the format has no word for the model (rotary positions, RMSNorm,
-            SwiGLU), or the folder cannot be written.
+            SwiGLU), the folder holds something else, or it cannot be written.
     """
     _require_folder(run)
-    if out.exists() and out.samefile(run):
-        raise UserError(f"--out {out} is the run itself; name another folder")
+    if out.is_dir() and any(out.iterdir()) and not (out / huggingface.CONFIG).is_file():  # a run would be taken for one
+        raise UserError(f"--out {out} holds something other than an exported model; name another folder")
     model, tokenizer = load_gpt(run, checkpoint)
     huggingface.save(model, out)
     if isinstance(tokenizer, BytePairTokenizer):
@@ -145,6 +146,8 @@ def load_model(run: Path, checkpoint: str = BEST, vocabulary: Path | None = None
         if vocabulary is not None:
             raise UserError("--vocabulary is for a folder in Hugging Face's format: a run has its tokenizer")
         return load_gpt(run, checkpoint)
+    if checkpoint != BEST:
+        raise UserError(f"--checkpoint {checkpoint} is for a run: {run} is in Hugging Face's format")
     model = GPT(huggingface.read_config(run))
     if model.config.vocab_size == ByteTokenizer().vocab_size:
         tokenizer = load_tokenizer("bytes", vocabulary)

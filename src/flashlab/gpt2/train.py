@@ -192,7 +192,8 @@ def train(
         if code := this.fit(lightning, module, datamodule, checkpoints, checkpoint):
             return code
     finished = this.finish(record, lightning, started, {})
-    this.say(f"{run}: trained {finished['steps']:,} steps in {finished['seconds']} s, {_words(finished)}")
+    took = f", {finished['seconds']} s since it was resumed" if checkpoint else f" in {finished['seconds']} s"
+    this.say(f"{run}: trained {finished['steps']:,} steps{took}, {_words(finished)}")
     return 0
 
 
