@@ -16,11 +16,12 @@ from typing import Any
 import torch
 from jsonargparse import auto_cli
 from jsonargparse.typing import PositiveInt
-from training_step import METHOD, Job, check_out, measure, require_backend, require_whole, shape, warn_without_gpu
+from training_step import METHOD, Job, measure, require_whole, shape, warn_without_gpu
 
+from flashlab.attention.interface import require_name
 from flashlab.cli import script
 from flashlab.gpt2 import report
-from flashlab.machine import provenance, write_result
+from flashlab.machine import check_result, provenance, write_result
 
 
 def jobs(base: Job) -> dict[str, tuple[str | None, Job]]:
@@ -84,8 +85,8 @@ def ablation(
         out: result file.
     """
     require_whole(tokens_per_step, length)
-    require_backend(backend)
-    check_out(out)
+    require_name(backend)
+    check_result(out)
     config = shape(preset, block_size=length, backend=backend)
     base = Job(config, tokens_per_step=tokens_per_step, compiled=compiled, steps=steps)
     command = shlex.join(["python", "examples/gpt2/ablation.py", *sys.argv[1:]])

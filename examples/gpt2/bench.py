@@ -15,12 +15,13 @@ from typing import Any
 import torch
 from jsonargparse import auto_cli
 from jsonargparse.typing import PositiveInt
-from training_step import METHOD, Job, check_out, measure, require_backend, require_whole, shape, warn_without_gpu
+from training_step import METHOD, Job, measure, require_whole, shape, warn_without_gpu
 
+from flashlab.attention.interface import require_name
 from flashlab.cli import script
 from flashlab.errors import replacing
 from flashlab.gpt2 import report
-from flashlab.machine import provenance, write_result
+from flashlab.machine import check_result, provenance, write_result
 
 LENGTHS = [1024, 2048, 4096, 8192]
 BACKENDS = ["standard", "flash_attention_2", "auto"]
@@ -58,11 +59,11 @@ def bench(
     for preset in presets:
         shape(preset)
     for backend in backends:
-        require_backend(backend)
+        require_name(backend)
     for length in lengths:
         require_whole(tokens_per_step, length)
     contestants = [("flashlab", backend) for backend in backends] + [("transformers", name) for name in hugging_face]
-    check_out(out)
+    check_result(out)
     command = shlex.join(["python", "examples/gpt2/bench.py", *sys.argv[1:]])
     record: dict[str, Any] = provenance("gpt2_bench") | {"command": command, "method": METHOD, "claim": CLAIM}
     record["rows"] = []

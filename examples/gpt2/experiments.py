@@ -17,7 +17,6 @@ from typing import Any, Literal
 
 from jsonargparse import auto_cli
 from jsonargparse.typing import PositiveInt
-from training_step import check_out
 
 from flashlab.attention.backends import BACKENDS
 from flashlab.btc.report import read_curves
@@ -27,7 +26,7 @@ from flashlab.gpt2 import report
 from flashlab.gpt2.config import GPTConfig, num_parameters
 from flashlab.gpt2.module import GATHERED
 from flashlab.gpt2.tokens import open_set
-from flashlab.machine import provenance, write_result
+from flashlab.machine import check_result, provenance, write_result
 from flashlab.worker import run_flashlab
 
 HERE = Path(__file__).parent
@@ -82,7 +81,7 @@ def scaling(
         out: result file.
     """
     open_set(data)
-    check_out(out)
+    check_result(out)
     if steps < FEWEST:
         raise UserError(f"--steps {steps} are too few to measure a speed by; take {FEWEST} or more")
     record = start("gpt2_scaling")
@@ -164,7 +163,7 @@ def backends(
         *((name, name, []) for name in names if name != "standard"),
     ]
     open_set(data)
-    check_out(out)
+    check_result(out)
     if not trained.is_file():
         raise UserError(f"--trained {trained}: there is no such file; name a configuration of `flashlab gpt2 train`")
     record = start("gpt2_backends")

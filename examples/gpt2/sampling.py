@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from jsonargparse import auto_cli
 from jsonargparse.typing import PositiveInt
-from training_step import check_out, shape
+from training_step import shape
 
 from flashlab.cli import script
 from flashlab.gpt2 import report
 from flashlab.gpt2.model import GPT
 from flashlab.gpt2.sample import generate
-from flashlab.machine import provenance, write_result
+from flashlab.machine import check_result, provenance, write_result
 
 METHOD = {
     "tokens_per_s": "of all sequences, from the call to the last token; median of the repeats after one that warms up",
@@ -50,7 +50,7 @@ def sampling(
         repeats: how often each is timed.
         out: result file.
     """
-    check_out(out)
+    check_result(out)
     if not torch.cuda.is_available() and preset != "tiny":
         print("there is no GPU: any preset but tiny takes long", file=sys.stderr)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

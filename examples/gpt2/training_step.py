@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from flashlab.attention import attention
-from flashlab.attention.backends import BACKENDS
-from flashlab.errors import UserError, check_writable
+from flashlab.errors import UserError
 from flashlab.gpt2 import config as config_module
 from flashlab.gpt2 import model as model_module
 from flashlab.gpt2.config import GPTConfig, flops_per_token, num_parameters, preset
@@ -75,16 +74,6 @@ def shape(name: str, **changes: Any) -> GPTConfig:
     return replace(TINY, **changes) if name == "tiny" else preset(name, **changes)
 
 
-def require_backend(name: str) -> None:
-    """Refuse what is no attention backend.
-
-    Raises:
-        UserError: there is none of this name.
-    """
-    if name not in (names := ("auto", *BACKENDS)):
-        raise UserError(f"no attention backend {name!r}; there are: {', '.join(names)}")
-
-
 def require_whole(tokens_per_step: int, length: int) -> None:
     """Refuse a step that sequences of a length do not fill.
 
@@ -93,17 +82,6 @@ def require_whole(tokens_per_step: int, length: int) -> None:
     """
     if tokens_per_step % length:
         raise UserError(f"--tokens_per_step {tokens_per_step:,} is no multiple of the length {length:,}")
-
-
-def check_out(out: Path) -> None:
-    """Make sure that a result file can be written, with its picture beside it, before anything is measured.
-
-    Raises:
-        UserError: its name does not end in .json, or it cannot be written.
-    """
-    if out.suffix != ".json":  # a picture has the same name with another ending
-        raise UserError(f"--out {out}: the result is JSON; name a file that ends in .json")
-    check_writable("--out", out)
 
 
 def warn_without_gpu() -> None:

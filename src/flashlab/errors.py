@@ -103,7 +103,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def check_writable(option: str, path: Path) -> None:
-    """Make sure that a file can be written, not after minutes of work; its folder is made where it is missing.
+    """Make sure that a file can be written, not after minutes of work; nothing is left there.
 
     Args:
         option: that names it.
@@ -115,8 +115,8 @@ def check_writable(option: str, path: Path) -> None:
     with writing(path):
         if path.is_dir():
             raise UserError(f"{option} {path} is a folder: name a file")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        TemporaryFile(dir=path.parent).close()
+        with making(path.parent):
+            TemporaryFile(dir=path.parent).close()
 
 
 @contextmanager

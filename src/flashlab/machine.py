@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from flashlab import __version__
-from flashlab.errors import UserError, one_line, write_text
+from flashlab.errors import UserError, check_writable, one_line, write_text
 
 Facts = dict[str, Any]
 
@@ -86,6 +86,17 @@ def provenance(kind: str) -> Facts:
         "image": os.environ.get("FLASHLAB_IMAGE"),
         "machine": identify(),
     }
+
+
+def check_result(path: Path) -> None:
+    """Make sure that --out names a result file that can be written, with its picture beside it, before the work.
+
+    Raises:
+        UserError: its name does not end in .json, or it cannot be written.
+    """
+    if path.suffix != ".json":  # the picture's name is this one with another ending
+        raise UserError(f"--out {path}: the result is JSON; name a file that ends in .json")
+    check_writable("--out", path)
 
 
 def write_result(path: Path, record: Facts) -> None:

@@ -49,10 +49,10 @@ def test_bench_measures_models_beside_transformers_and_says_what_cannot_run(tmp_
     ("words", "complaint"),
     [
         (["bench.py", "--presets", "[nope]"], "no preset 'nope'"),
-        (["bench.py", "--backends", "[nope]"], "no attention backend 'nope'; there are: auto, standard"),
+        (["bench.py", "--backends", "[nope]"], "no attention backend 'nope'; did you mean"),
         (["bench.py", "--tokens_per_step", "100"], "--tokens_per_step 100 is no multiple of the length 1,024"),
         (["ablation.py", "--length", "100"], "--tokens_per_step 65,536 is no multiple of the length 100"),
-        (["ablation.py", "--backend", "nope"], "no attention backend 'nope'; there are: auto, standard"),
+        (["ablation.py", "--backend", "nope"], "no attention backend 'nope'; did you mean"),
         (["experiments.py", "scaling", "nope"], "nope is not a token set (it has no manifest.json); make it with"),
         (["bench.py", "--presets", "[tiny]", "--lengths", "[32]", "--out", "x.png"], "JSON; name a file that ends in"),
         (["sampling.py", "--preset", "tiny", "--out", "/dev/null/x.json"], "a file stands where a folder should be"),

@@ -107,7 +107,7 @@ def test_in_16_bits_the_likeliest_tokens_do_not_tie():
     assert len(logits[0].unique()) == len(model.wte.weight[: model.config.vocab_size, 0].unique()) > 10
 
 
-def test_what_auto_takes_for_a_step_decides_whether_it_can_be_captured(monkeypatch):
+def test_the_backend_of_a_step_is_what_auto_takes_for_its_cache(monkeypatch):
     asked = []
     monkeypatch.setattr(sample, "resolve", lambda *arguments: asked.append(arguments) or "chosen")
     model = tiny(backend="auto")

@@ -245,14 +245,23 @@ def resolve(backend: str, spec: AttentionSpec) -> str:
         refused = "".join(f"; not {name}: {reason}" for name, reason in choice.refused)
         _announce(f"attention backend: auto chose {choice.backend} on {spec.device.type} ({choice.source}){refused}")
         return choice.backend
-    if backend not in BACKENDS:
+    require_name(backend)
+    if (reason := backends.why_not(backend, spec)) is not None:
+        raise BackendUnavailable(f"attention backend {backend!r} cannot run this call: {reason}")
+    return backend
+
+
+def require_name(backend: str) -> None:
+    """Refuse what is neither auto nor the name of a backend.
+
+    Raises:
+        UserError: it is not; the message names the nearest.
+    """
+    if backend not in ("auto", *BACKENDS):
         nearest = difflib.get_close_matches(str(backend), ["auto", *BACKENDS], n=1, cutoff=0.0)[0]
         raise UserError(
             f"no attention backend {backend!r}; did you mean {nearest!r}? (there are: auto, {', '.join(BACKENDS)})"
         )
-    if (reason := backends.why_not(backend, spec)) is not None:
-        raise BackendUnavailable(f"attention backend {backend!r} cannot run this call: {reason}")
-    return backend
 
 
 @lru_cache

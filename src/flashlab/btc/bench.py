@@ -15,8 +15,8 @@ from flashlab.btc.contestants import Cell, Contestant, measure
 from flashlab.btc.figures import MODEL
 from flashlab.btc.prepare import open_set
 from flashlab.btc.profile import STEPS
-from flashlab.errors import UserError, check_writable, replacing
-from flashlab.machine import provenance, write_result
+from flashlab.errors import UserError, replacing
+from flashlab.machine import check_result, provenance, write_result
 from flashlab.report import NEUTRAL, STYLE, WIDTH
 
 CONFIGS = [Path("examples/btc_forecast/default.yaml"), Path("examples/btc_forecast/seed.yaml")]
@@ -60,8 +60,6 @@ def bench_train(
         UserError: a file or folder cannot be used, or there are fewer GPUs.
     """
     open_set(data)
-    if out.suffix != ".json":  # the picture's name is this one with another ending
-        raise UserError(f"--out {out}: the result is JSON; name a file that ends in .json")
     for config in configs:
         if not config.is_file():
             raise UserError(f"--configs {config}: there is no such file; name configurations of `flashlab train`")
@@ -69,7 +67,7 @@ def bench_train(
         raise UserError(f"--devices {max(devices)}: this machine has {torch.cuda.device_count()} GPU(s)")
     if "bare" in contestants and "captured" not in contestants:
         raise UserError("--contestants: the bare step takes its configuration from the captured run; name both")
-    check_writable("--out", out)
+    check_result(out)
     cells = dict.fromkeys(
         Cell(name, None if name == "published" else config, batch_size, count)
         for config in configs
