@@ -118,7 +118,7 @@ def test_what_another_command_left_is_measured_anew(monkeypatch):
     def sweep(*, out, resume=True, **_):
         if resume:
             raise UserError("it is of another sweep")
-        out.mkdir()
+        out.mkdir(parents=True)  # as the real one
         write(out / "sweep.json", swept([row("sdpa_math", 1.0, dtype="float32")], "cpu", ()))
         return 0
 
