@@ -8,6 +8,7 @@ Each run is a process of its own, as a user would start it. What was measured st
 
 import json
 import shlex
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -35,18 +36,21 @@ MEMORY = ("peak_allocated_mib", "peak_memory_mib")
 LEARNT = ("best_val_loss", "precision")
 LOGGED_EVERY = 5
 FEWEST = 4 * LOGGED_EVERY  # steps from which a run knows its speed
+ERROR = "flashlab: error: "
 UNAVAILABLE = "cannot run this call: "  # what a backend says, and behind it why
 # Of a parameter, where the forward pass ends and most memory is in use: its weight and AdamW's two averages in float32,
 # and no gradient yet; and autocast's copy in 16 bits, which waits for the backward pass.
 SHARED_BYTES, COPIED_BYTES = 12, 2
 
 
-def train(run: Path, *options: object, kept: tuple[str, ...]) -> dict[str, Any]:
+def train(run: Path, *options: object, kept: tuple[str, ...], sharing: int = 1) -> dict[str, Any]:
     """Run `flashlab gpt2 train`; return what it says of the run, and of how it went what is to be kept."""
-    done = run_flashlab("gpt2", "train", *options, "--run", run, stdout=sys.stderr, stderr=subprocess.PIPE)
-    last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
+    words = ["gpt2", "train", *options, "--run", run]
+    done = run_flashlab(*words, sharing=sharing, stdout=sys.stderr, stderr=subprocess.PIPE)
+    lines = done.stderr.strip().splitlines() or ["it said nothing"]
+    last = next((line for line in reversed(lines) if line.startswith(ERROR)), lines[-1])
     if UNAVAILABLE in last:
-        return {"status": "unavailable", "reason": last.removeprefix("flashlab: error: ")}
+        return {"status": "unavailable", "reason": last.removeprefix(ERROR)}
     if done.returncode:
         return {"status": "failed", "reason": f"exit code {done.returncode}: {last}"}
     record = json.loads((run / "run.json").read_text())
@@ -63,6 +67,7 @@ def scaling(
     sharded_batch_size: PositiveInt = 16,
     block_size: PositiveInt = 1024,
     steps: PositiveInt = 30,
+    shared: bool = False,
     more: str = "",
     out: Path = Path("runs/gpt2_scaling.json"),
 ) -> int:
@@ -77,6 +82,7 @@ def scaling(
         sharded_batch_size: the same, of that preset.
         block_size: tokens in a sequence.
         steps: of each run.
+        shared: have one GPU do what several are to do: memory is as with several, and speeds are left out.
         more: options of `flashlab gpt2 train` for all runs, as one word.
         out: result file.
     """
@@ -90,6 +96,7 @@ def scaling(
         for preset, strategy, size, accumulated in (case for case in cases if case[1] in strategies):
             alone: dict[str, Any] = {}
             for count in (1, devices):
+                sharing = count if shared else 1
                 options = {
                     "data.path": data,
                     "data.batch_size": size,
@@ -100,24 +107,28 @@ def scaling(
                     "trainer.log_every_n_steps": LOGGED_EVERY,
                     "trainer.val_batches": count,
                     "trainer.global_batch_tokens": size * block_size * accumulated * count,
-                    "trainer.devices": count,
+                    "trainer.devices": count // sharing,
                     "trainer.strategy": strategy if count > 1 else "ddp",
                 }
                 words = [word for name, value in options.items() for word in (f"--{name}", value)]
                 run = Path(folder) / str(len(record["rows"]))
+                kept = MEMORY + LEARNT + (() if shared else SPEED)
                 row: dict[str, Any] = {
                     "preset": preset,
                     "strategy": strategy if count > 1 else None,
                     "devices": count,
+                    "shared": sharing > 1,
                     "batch_size": size,
-                    **train(run, *words, *shlex.split(more), kept=SPEED + MEMORY + LEARNT),
+                    **train(run, *words, *shlex.split(more), kept=kept, sharing=sharing),
                 }
                 if row["status"] == alone.get("status") == "ok":
-                    row["efficiency"] = round(row["tokens_per_s"] / alone["tokens_per_s"] / count, 4)
+                    if not shared:
+                        row["efficiency"] = round(row["tokens_per_s"] / alone["tokens_per_s"] / count, 4)
                     if strategy == "fsdp" and alone["peak_allocated_mib"]:
                         shape = GPTConfig(**json.loads((run / "run.json").read_text())["shape"][0])
                         predicted = alone["peak_allocated_mib"] - spared_bytes(shape, count) / 2**20
                         row["predicted_allocated_mib"] = round(predicted)
+                shutil.rmtree(run / "checkpoints", ignore_errors=True)  # 19 GB of gpt2-xl
                 alone = alone or row
                 record["rows"].append(row)
                 write_result(out, record)

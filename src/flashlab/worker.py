@@ -87,7 +87,17 @@ class Worker:
         self._process.join()
 
 
-def run_flashlab(*words: object, timeout_s: float | None = None, **options: Any) -> subprocess.CompletedProcess[str]:
+# Started by torchrun, a process passes for one of a machine of its own, with one GPU: that of all of them. What the
+# machine is called is asked by NCCL, which otherwise refuses to connect two processes on one GPU.
+AS_MACHINE = (
+    'exec env GROUP_RANK="$RANK" GROUP_WORLD_SIZE="$WORLD_SIZE" LOCAL_RANK=0 LOCAL_WORLD_SIZE=1 '
+    'NCCL_HOSTID="$RANK" "$0" "$@"'
+)
+
+
+def run_flashlab(
+    *words: object, timeout_s: float | None = None, sharing: int = 1, **options: Any
+) -> subprocess.CompletedProcess[str]:
     """Run a command of this package in a process of its own, as `subprocess.run` would.
 
     What ends this process asks that one to stop, and waits for it: a training writes its checkpoint first, and ends the
@@ -96,12 +106,18 @@ def run_flashlab(*words: object, timeout_s: float | None = None, **options: Any)
     Args:
         words: of the command line.
         timeout_s: longest time.
+        sharing: processes that do it together on one GPU. What each has in memory is as on a GPU of its own; they
+            exchange it by a network, and wait for each other, so that times mean nothing.
         options: of `subprocess.Popen`.
 
     Raises:
         subprocess.TimeoutExpired: it took longer.
     """
     command = [sys.executable, "-m", "flashlab", *map(str, words)]
+    if sharing > 1:
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={sharing}"]
+        command = [*torchrun, "--no-python", "--", "sh", "-c", AS_MACHINE, *command]
+        options["env"] = {**(options.get("env") or os.environ), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     with subprocess.Popen(command, text=True, **options) as process:
         try:
             out, err = process.communicate(timeout=timeout_s)

@@ -68,11 +68,13 @@ def test_several_gpus_stand_beside_one(written):
         row(devices=1, strategy=None),
         row(devices=2, strategy="fsdp", efficiency=0.95, peak_allocated_mib=3800, predicted_allocated_mib=3900),
         row(devices=2, strategy="fsdp", status="failed", reason="out of memory"),
+        row(devices=2, strategy="fsdp", shared=True, tokens_per_s=None, mfu=None, ms_per_step=None),
     ]
     found = cells(report.scaling(written("gpt2_scaling", rows)))
     assert found[2] == ["gpt2, 1 GPU", "65,536", "50.0", "1,200", "", "25.0%", "4,000", "", ""]
     assert found[3][4:] == ["95.0%", "25.0%", "4,000", "3,800", "3,900"]
     assert found[4][:3] == ["gpt2, 2 GPUs, fsdp", "", ""]
+    assert found[5][:4] == ["gpt2, 2 processes on one GPU, fsdp", "65,536", "", ""]
 
 
 def test_backends_that_were_not_measured_say_why(written):

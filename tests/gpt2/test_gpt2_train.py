@@ -27,6 +27,7 @@ from flashlab.gpt2.module import GPTModule, load_gpt
 from flashlab.gpt2.options import ModelConfig, OptimizerConfig, TrainerConfig
 from flashlab.gpt2.prepare import prepare
 from flashlab.gpt2.tokens import open_set
+from flashlab.worker import run_flashlab
 from trainings import contents, differences, load_all, only_line, send
 
 SHAPE = "--model.n_layer 2 --model.n_head 2 --model.n_embd 32 --model.block_size 32"
@@ -478,10 +479,9 @@ def test_bars_and_tokens_are_told_apart(prepared, token_set, tmp_path, capsys):
 # --- several processes
 
 
-def flashlab(*arguments):
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "flashlab", "gpt2", "train", *map(str, arguments)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+def flashlab(*arguments, sharing=1):
+    options = {"env": os.environ | {"OMP_NUM_THREADS": "1"}, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return run_flashlab("gpt2", "train", *arguments, sharing=sharing, timeout_s=300, **options)
 
 
 @pytest.mark.slow
@@ -577,14 +577,17 @@ def test_backends_give_one_loss_curve_on_a_gpu(train, tmp_path):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_two_gpus_train_as_one(token_set, strategy, tmp_path):
-    """In bfloat16; fsdp gathers six blocks in two groups."""
+@pytest.mark.parametrize("gpus", [1, 2])
+def test_two_processes_on_gpus_train_as_one(token_set, gpus, strategy, tmp_path):
+    """In bfloat16, on two GPUs, or sharing one; fsdp gathers six blocks in two groups."""
+    if gpus > torch.cuda.device_count():
+        pytest.skip("needs two GPUs")
     options = ["--data.path", token_set, *TINY.split(), "--data.batch_size", 2, "--trainer.accelerator", "gpu"]
     options += ["--model.n_layer", 6, "--model.activation_checkpointing", "true"]
-    for name, chosen in (("one", []), ("two", ["--trainer.devices", 2, "--trainer.strategy", strategy])):
-        ran = flashlab(*options, *chosen, "--run", tmp_path / name)
+    together = ["--trainer.devices", gpus, "--trainer.strategy", strategy]
+    for name, chosen, sharing in (("one", [], 1), ("two", together, 2 // gpus)):
+        ran = flashlab(*options, *chosen, "--run", tmp_path / name, sharing=sharing)
         assert ran.returncode == 0, ran.stderr
     one, two = curves(tmp_path / "one"), curves(tmp_path / "two")
     assert two["train/loss"] == pytest.approx(one["train/loss"], abs=5e-2)

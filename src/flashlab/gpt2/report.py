@@ -69,13 +69,9 @@ def show(text: str) -> None:
 def _speed(row: Row) -> tuple[str, ...]:
     if row["status"] != "ok":
         return row["status"], "", "", ""
-    mfu, memory = row["mfu"], row["peak_memory_mib"]
-    return (
-        f"{row['tokens_per_s']:,}",
-        f"{mfu:.1%}" if mfu is not None else "",
-        f"{row['ms_per_step']:.1f}",
-        f"{memory:,}" if memory is not None else "",
-    )
+    forms = {"tokens_per_s": ",", "mfu": ".1%", "ms_per_step": ".1f", "peak_memory_mib": ","}
+    figures = ((row.get(name), form) for name, form in forms.items())
+    return tuple(format(figure, form) if figure is not None else "" for figure, form in figures)
 
 
 def draw(rows: list[Row]) -> Figure:
@@ -136,7 +132,8 @@ def scaling(path: Path) -> str:
         efficiency = row.get("efficiency")
         tokens, mfu, ms, held = _speed(row)
         in_use = [row.get(name) for name in ("peak_allocated_mib", "predicted_allocated_mib")]
-        name = f"{row['preset']}, {row['devices']} GPU" + (f"s, {row['strategy']}" if row["strategy"] else "")
+        where = "processes on one GPU" if row.get("shared") else "GPUs" if row["devices"] > 1 else "GPU"
+        name = f"{row['preset']}, {row['devices']} {where}" + (f", {row['strategy']}" if row["strategy"] else "")
         rows.append(
             (
                 name,
