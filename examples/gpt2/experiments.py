@@ -11,6 +11,8 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -28,7 +30,7 @@ from flashlab.gpt2.config import GPTConfig, num_parameters
 from flashlab.gpt2.module import GATHERED
 from flashlab.gpt2.tokens import open_set
 from flashlab.machine import check_result, provenance, write_result
-from flashlab.worker import run_flashlab
+from flashlab.worker import running_flashlab
 
 HERE = Path(__file__).parent
 SPEED = ("tokens_per_s", "mfu", "ms_per_step")
@@ -43,16 +45,23 @@ UNAVAILABLE = "cannot run this call: "  # what a backend says, and behind it why
 SHARED_BYTES, COPIED_BYTES = 12, 2
 
 
-def train(run: Path, *options: object, kept: tuple[str, ...], sharing: int = 1) -> dict[str, Any]:
-    """Run `flashlab gpt2 train`; return what it says of the run, and of how it went what is to be kept."""
+@contextmanager
+def training(run: Path, *options: object, sharing: int = 1) -> Iterator[subprocess.Popen[str]]:
+    """Start `flashlab gpt2 train`, whose end `outcome` waits for."""
     words = ["gpt2", "train", *options, "--run", run]
-    done = run_flashlab(*words, sharing=sharing, stdout=sys.stderr, stderr=subprocess.PIPE)
-    lines = done.stderr.strip().splitlines() or ["it said nothing"]
+    with running_flashlab(*words, sharing=sharing, stdout=sys.stderr, stderr=subprocess.PIPE) as process:
+        yield process
+
+
+def outcome(run: Path, process: subprocess.Popen[str], kept: tuple[str, ...]) -> dict[str, Any]:
+    """Wait for a training; return what it says of the run, and of how it went what is to be kept."""
+    _, told = process.communicate()
+    lines = told.strip().splitlines() or ["it said nothing"]
     last = next((line for line in reversed(lines) if line.startswith(ERROR)), lines[-1])
     if UNAVAILABLE in last:
         return {"status": "unavailable", "reason": last.removeprefix(ERROR)}
-    if done.returncode:
-        return {"status": "failed", "reason": f"exit code {done.returncode}: {last}"}
+    if process.returncode:
+        return {"status": "failed", "reason": f"exit code {process.returncode}: {last}"}
     record = json.loads((run / "run.json").read_text())
     facts = {name: record[name] for name in ("parameters", "attention_backend", "loss", "tokens_per_step")}
     return {"status": "ok", "reason": None, **facts, **{name: record["finished"].get(name) for name in kept}}
@@ -119,8 +128,9 @@ def scaling(
                     "devices": count,
                     "shared": sharing > 1,
                     "batch_size": size,
-                    **train(run, *words, *shlex.split(more), kept=kept, sharing=sharing),
                 }
+                with training(run, *words, *shlex.split(more), sharing=sharing) as process:
+                    row |= outcome(run, process, kept)
                 if row["status"] == alone.get("status") == "ok":
                     if not shared:
                         row["efficiency"] = round(row["tokens_per_s"] / alone["tokens_per_s"] / count, 4)
@@ -153,6 +163,7 @@ def backends(
     trained: Path = HERE / "embedded.yaml",
     names: list[str] = list(BACKENDS),  # noqa: B006 - not changed
     steps: PositiveInt = 500,
+    at_once: PositiveInt = 1,
     out: Path = Path("runs/gpt2_backends.json"),
 ) -> int:
     """Train one model with one attention backend after the other, from the same weights on the same blocks.
@@ -165,6 +176,7 @@ def backends(
         trained: configuration of `flashlab gpt2 train`.
         names: backends; those that cannot run here are listed with the reason.
         steps: of each run.
+        at_once: runs that share the GPU; their speeds are not asked for.
         out: result file.
     """
     contestants = [
@@ -179,20 +191,25 @@ def backends(
         raise UserError(f"--trained {trained}: there is no such file; name a configuration of `flashlab gpt2 train`")
     record = start("gpt2_backends")
     expected: list[float] = []
-    with TemporaryDirectory(prefix="flashlab-") as folder:
-        for label, name, more in contestants:
-            run = Path(folder) / str(len(record["rows"]))
-            fixed = ["--model.dropout", 0, "--trainer.max_steps", steps]
-            options = ["--config", trained, "--data.path", data, *fixed, "--model.backend", name, *more]
-            row: dict[str, Any] = {"backend": label, **train(run, *options, kept=LEARNT)}
-            if row["status"] == "ok":
-                row["train_loss"] = [round(float(loss), 5) for loss in read_curves(run)["train/loss"][1]]
-                expected = expected or row["train_loss"]
-                away = [abs(one - other) for one, other in zip(row["train_loss"], expected, strict=True)]
-                row |= {"first_loss": row["train_loss"][0], "largest_difference": round(max(away), 5)}
-                row["of_first_10"] = round(max(away[:10]), 5)
-            record["rows"].append(row)
-            write_result(out, record)
+    for first in range(0, len(contestants), at_once):
+        group = contestants[first : first + at_once]
+        with TemporaryDirectory(prefix="flashlab-") as folder, ExitStack() as stack:
+            runs = [Path(folder) / str(number) for number in range(len(group))]
+            fixed = ["--config", trained, "--data.path", data, "--model.dropout", 0, "--trainer.max_steps", steps]
+            processes = [
+                stack.enter_context(training(run, *fixed, "--model.backend", name, *more))
+                for run, (_, name, more) in zip(runs, group, strict=True)
+            ]
+            for (label, *_), run, process in zip(group, runs, processes, strict=True):
+                row: dict[str, Any] = {"backend": label, **outcome(run, process, LEARNT)}
+                if row["status"] == "ok":
+                    row["train_loss"] = [round(float(loss), 5) for loss in read_curves(run)["train/loss"][1]]
+                    expected = expected or row["train_loss"]
+                    away = [abs(one - other) for one, other in zip(row["train_loss"], expected, strict=True)]
+                    row |= {"first_loss": row["train_loss"][0], "largest_difference": round(max(away), 5)}
+                    row["of_first_10"] = round(max(away[:10]), 5)
+                record["rows"].append(row)
+                write_result(out, record)
     report.show(report.backends(out))
     print(f"wrote {out}")
     required = ("ok", "unavailable")

@@ -100,18 +100,32 @@ def run_flashlab(
 ) -> subprocess.CompletedProcess[str]:
     """Run a command of this package in a process of its own, as `subprocess.run` would.
 
+    Args:
+        words: of the command line.
+        timeout_s: longest time.
+        sharing: see `running_flashlab`.
+        options: of `subprocess.Popen`.
+
+    Raises:
+        subprocess.TimeoutExpired: it took longer.
+    """
+    with running_flashlab(*words, sharing=sharing, **options) as process:
+        out, err = process.communicate(timeout=timeout_s)
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+@contextmanager
+def running_flashlab(*words: object, sharing: int = 1, **options: Any) -> Iterator[subprocess.Popen[str]]:
+    """Start a command of this package, and wait for its end.
+
     What ends this process asks that one to stop, and waits for it: a training writes its checkpoint first, and ends the
     processes that it has started.
 
     Args:
         words: of the command line.
-        timeout_s: longest time.
         sharing: processes that do it together on one GPU. What each has in memory is as on a GPU of its own; they
             exchange it by a network, and wait for each other, so that times mean nothing.
         options: of `subprocess.Popen`.
-
-    Raises:
-        subprocess.TimeoutExpired: it took longer.
     """
     command = [sys.executable, "-m", "flashlab", *map(str, words)]
     if sharing > 1:
@@ -120,14 +134,13 @@ def run_flashlab(
         options["env"] = {**(options.get("env") or os.environ), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     with subprocess.Popen(command, text=True, **options) as process:
         try:
-            out, err = process.communicate(timeout=timeout_s)
+            yield process
         except BaseException:
             process.terminate()
             with suppress(subprocess.TimeoutExpired):
                 process.wait(GRACE_S)
             process.kill()
             raise
-    return subprocess.CompletedProcess(command, process.returncode, out, err)
 
 
 @contextmanager

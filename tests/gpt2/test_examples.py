@@ -164,7 +164,7 @@ def test_backends_train_alike_and_those_that_cannot_say_why(tokens, tmp_path):
         "{data: {batch_size: 2}, model: {n_layer: 1, n_head: 1, n_embd: 32, block_size: 32}, "
         "optimizer: {warmup_steps: 2}, trainer: {global_batch_tokens: 64, log_every_n_steps: 2}}"
     )
-    options = {"--trained": base, "--steps": 20, "--names": "[sdpa_math,flash_attention_2]"}
+    options = {"--trained": base, "--steps": 20, "--names": "[sdpa_math,flash_attention_2]", "--at_once": 3}
     result, printed = run_script("experiments.py", tmp_path / "backends.json", "backends", tokens, **options)
     *ran, absent = result["rows"]
     assert [row["backend"] for row in ran] == [
