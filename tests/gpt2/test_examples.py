@@ -8,7 +8,9 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -178,6 +180,19 @@ def test_backends_train_alike_and_those_that_cannot_say_why(tokens, tmp_path):
         assert row["first_loss"] > row["train_loss"][-1]
     assert absent["reason"].startswith("attention backend 'flash_attention_2' cannot run")
     assert "Not measured: `flash_attention_2`" in printed
+
+
+def test_a_backend_that_trains_otherwise_fails(tokens, tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(FOLDER)
+    experiments = import_module("experiments")
+    losses = iter([[5.0, 4.0], [5.0, 4.01], [5.0, 4.0], [5.0, 4.07], [5.01, 4.0]])
+    monkeypatch.setattr(experiments, "training", lambda *_: nullcontext())
+    monkeypatch.setattr(experiments, "outcome", lambda *_: {"status": "ok", "best_val_loss": 4.0})
+    monkeypatch.setattr(experiments, "read_curves", lambda _: {"train/loss": ([1, 2], next(losses))})
+    out = tmp_path / "backends.json"
+    assert experiments.backends(tokens, names=["tiled", "sdpa_math"], out=out) == 1
+    assert [row["largest_difference"] for row in json.loads(out.read_text())["rows"]] == [0, 0.01, 0, 0.07, 0.01]
+    assert capsys.readouterr().err == "more than 0.06 from standard attention: tiled\n"
 
 
 def test_sampling_measures_both_ways_and_compares_their_tokens(tmp_path):
