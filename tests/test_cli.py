@@ -17,15 +17,41 @@ from flashlab.cli import main, reported
         (b"data: [1,", "is no YAML (while parsing a flow"),
         (b"# nothing", "no/such is not a token set"),
         (b"- 1", "must hold options, and holds [1]"),
+        (None, "wrong.yaml: No such file or directory; name a YAML file"),
     ],
 )
 def test_a_configuration_that_is_none_is_told_by_its_name(content, complaint, tmp_path, capsys):
-    (tmp_path / "wrong.yaml").write_bytes(content)
+    if content is not None:
+        (tmp_path / "wrong.yaml").write_bytes(content)
     (tmp_path / "right.yaml").write_text("seed: 1")
     files = [word for name in ("right", "wrong") for word in ("--config", str(tmp_path / f"{name}.yaml"))]
     assert main(["gpt2", "train", *files, "--data.path", "no/such"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert complaint in line
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "kind"),
+    [
+        ("trainer.max_steps", "x", "a whole number"),
+        ("trainer.max_steps", "0", ">0"),
+        ("data.batch_size", "1.5", "a whole number"),
+        ("optimizer.lr", "-1", ">0"),
+        ("optimizer.lr", "x", "a number"),
+        ("optimizer.betas", "[1, 2, 3]", "2 values"),
+        ("seed", "-1", ">=0 and <4294967296"),
+        ("trainer.strategy", "nope", "one of 'ddp', 'fsdp'"),
+        ("trainer.compile", "maybe", "true or false or one of 'auto'"),
+    ],
+)
+def test_a_value_that_an_option_cannot_have_is_told_in_words(option, value, kind, tmp_path, capsys):
+    told = f"flashlab: error: --{option} {value}: it must be {kind} (`flashlab gpt2 train --help` lists"
+    assert main(["gpt2", "train", f"--{option}", value]) == 2
+    assert capsys.readouterr().err.startswith(told)
+    section, _, key = option.rpartition(".")
+    (tmp_path / "of.yaml").write_text(f"{section}: {{{key}: {value}}}" if section else f"{key}: {value}")
+    assert main(["gpt2", "train", "--config", str(tmp_path / "of.yaml")]) == 2
+    assert capsys.readouterr().err.startswith(told)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from jsonargparse import auto_cli
 from jsonargparse.typing import PositiveInt
 from rich.console import Console
 from rich.table import Table
@@ -193,4 +192,4 @@ def show(rows: list[dict[str, Any]], device: torch.device) -> None:
 
 
 if __name__ == "__main__":
-    script(lambda: auto_cli(overhead))
+    script(overhead)

@@ -6,7 +6,6 @@ from time import perf_counter
 
 import numpy as np
 import torch
-from jsonargparse import auto_cli
 from jsonargparse.typing import PositiveInt
 
 from flashlab.btc.bars import FEATURES
@@ -55,4 +54,4 @@ def bench(*, context_length: PositiveInt = 2048, samples: PositiveInt = 8, json:
 
 
 if __name__ == "__main__":
-    script(lambda: auto_cli(bench))
+    script(bench)

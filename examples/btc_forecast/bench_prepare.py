@@ -8,7 +8,6 @@ from statistics import median
 from time import perf_counter
 
 import pandas as pd
-from jsonargparse import auto_cli
 from jsonargparse.typing import PositiveInt
 
 from flashlab.btc.prepare import open_set, prepare
@@ -54,4 +53,4 @@ def bench(src: Path, *, rounds: PositiveInt = 5, json: Path | None = None) -> No
 
 
 if __name__ == "__main__":
-    script(lambda: auto_cli(bench))
+    script(bench)

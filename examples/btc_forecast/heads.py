@@ -11,8 +11,6 @@ import shlex
 import sys
 from pathlib import Path
 
-from jsonargparse import auto_cli
-
 from flashlab.cli import script
 from flashlab.machine import provenance, write_result
 from flashlab.worker import run_flashlab
@@ -74,4 +72,4 @@ def heads(
 
 
 if __name__ == "__main__":
-    script(lambda: auto_cli(heads, as_positional=True))
+    script(heads, as_positional=True)

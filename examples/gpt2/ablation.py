@@ -14,7 +14,6 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from jsonargparse import auto_cli
 from jsonargparse.typing import PositiveInt
 from training_step import METHOD, Job, measure, require_whole, shape, warn_without_gpu
 
@@ -110,4 +109,4 @@ def ablation(
 
 
 if __name__ == "__main__":
-    script(lambda: auto_cli(ablation))
+    script(ablation)

@@ -13,7 +13,6 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from jsonargparse import auto_cli
 from jsonargparse.typing import PositiveInt
 from training_step import METHOD, Job, measure, require_whole, shape, warn_without_gpu
 
@@ -88,4 +87,4 @@ def bench(
 
 
 if __name__ == "__main__":
-    script(lambda: auto_cli(bench))
+    script(bench)

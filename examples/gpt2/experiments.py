@@ -18,7 +18,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
-from jsonargparse import auto_cli
 from jsonargparse.typing import PositiveFloat, PositiveInt
 
 from flashlab.attention.backends import BACKENDS
@@ -228,4 +227,4 @@ def start(kind: str) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    script(lambda: auto_cli([scaling, backends], as_positional=True))
+    script([scaling, backends], as_positional=True)

@@ -13,7 +13,6 @@ from time import perf_counter
 from typing import Any
 
 import torch
-from jsonargparse import auto_cli
 from jsonargparse.typing import PositiveInt
 from training_step import shape
 
@@ -92,4 +91,4 @@ def sampling(
 
 
 if __name__ == "__main__":
-    script(lambda: auto_cli(sampling))
+    script(sampling)

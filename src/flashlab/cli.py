@@ -15,15 +15,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import is_dataclass
 from importlib import import_module
 from itertools import takewhile
-from pathlib import Path
 from typing import Any, NoReturn, get_args, get_origin
 
 import docstring_parser
-import yaml
-from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
+from jsonargparse import Namespace, auto_cli
 
 from flashlab import __version__
 from flashlab.errors import Terminated, UserError, terminable
+from flashlab.parser import ConfigFile, Parser
 
 COMMANDS = {
     "doctor": ("flashlab.doctor:doctor", "say what this machine has, what will be used and what is wrong"),
@@ -47,31 +46,6 @@ COMMANDS = {
     "report": ("flashlab.report:report", "draw and write the report of an evaluated run or of a sweep"),
     "results": ("flashlab.results:results", "write the result files' numbers into README.md and docs"),
 }
-
-
-class ConfigFile(ActionConfigFile):
-    """A YAML file of options, whose mistakes are told by its name; one that is empty has none."""
-
-    def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
-        try:
-            content = yaml.safe_load(Path(values).read_text(encoding="utf-8"))
-        except (UnicodeDecodeError, yaml.YAMLError) as error:
-            raise UserError(f"--config {values} is no YAML ({' '.join(str(error).split())}); mend it") from error
-        except OSError:  # of which the parser says as much
-            pass
-        else:
-            if content is None:
-                return
-            if not isinstance(content, dict):
-                raise UserError(f"--config {values} must hold options, and holds {str(content)[:60]}")
-        super().__call__(parser, cfg, values, option_string)
-
-
-class Parser(ArgumentParser):
-    """An ArgumentParser whose errors are one line."""
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        raise UserError(f"{' '.join(message.split())} (`{self.prog} --help` lists what it takes)")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -135,9 +109,14 @@ def reported(command: Callable[[], int | None]) -> int:
         return 128 + (signal.SIGTERM if isinstance(error, Terminated) else signal.SIGINT)
 
 
-def script(command: Callable[[], int | None]) -> NoReturn:
-    """Run a script of examples/ to its exit code, as `reported` gives it."""
-    sys.exit(reported(command))
+def script(commands: Any, **settings: Any) -> NoReturn:
+    """Run a function, or one of several, with the options of the command line, to the exit code that `reported` gives.
+
+    Args:
+        commands: the functions.
+        settings: of jsonargparse's `auto_cli`.
+    """
+    sys.exit(reported(lambda: auto_cli(commands, parser_class=Parser, **settings)))
 
 
 def load(name: str) -> Callable[..., int | None]:
