@@ -17,7 +17,7 @@ from flashlab.cli import main, reported
         (b"data: [1,", "is no YAML (while parsing a flow"),
         (b"# nothing", "no/such is not a token set"),
         (b"- 1", "must hold options, and holds [1]"),
-        (None, "wrong.yaml: No such file or directory; name a YAML file"),
+        (None, "wrong.yaml: there is no such file"),
     ],
 )
 def test_a_configuration_that_is_none_is_told_by_its_name(content, complaint, tmp_path, capsys):
@@ -42,16 +42,36 @@ def test_a_configuration_that_is_none_is_told_by_its_name(content, complaint, tm
         ("seed", "-1", ">=0 and <4294967296"),
         ("trainer.strategy", "nope", "one of 'ddp', 'fsdp'"),
         ("trainer.compile", "maybe", "true or false or one of 'auto'"),
+        ("trainer.max_steps", "''", "a whole number"),
+        ("trainer.accelerator", "''", "one of 'auto', 'cpu', 'gpu'"),
     ],
 )
 def test_a_value_that_an_option_cannot_have_is_told_in_words(option, value, kind, tmp_path, capsys):
     told = f"flashlab: error: --{option} {value}: it must be {kind} (`flashlab gpt2 train --help` lists"
-    assert main(["gpt2", "train", f"--{option}", value]) == 2
+    assert main(["gpt2", "train", f"--{option}", value.strip("'")]) == 2
     assert capsys.readouterr().err.startswith(told)
     section, _, key = option.rpartition(".")
     (tmp_path / "of.yaml").write_text(f"{section}: {{{key}: {value}}}" if section else f"{key}: {value}")
     assert main(["gpt2", "train", "--config", str(tmp_path / "of.yaml")]) == 2
     assert capsys.readouterr().err.startswith(told)
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["check", "--head_dim", "x"], "--head_dim ['x']: it must be a whole number"),
+        (["gpt2", "train", "--optimizer.lr", "true"], "--optimizer.lr true: it must be a number"),
+        (["gpt2", "train", "--trainer", '{"max_steps": "x"}'], "--trainer.max_steps x: it must be a whole number"),
+    ],
+)
+def test_a_value_within_another_is_told_alone(words, told, capsys):
+    assert main(words) == 2
+    assert capsys.readouterr().err.startswith(f"flashlab: error: {told} (`flashlab")
+
+
+def test_a_configuration_may_be_on_the_command_line(capsys):
+    assert main(["gpt2", "train", "--config", "{data: {path: no/such}}"]) == 2
+    assert "no/such is not a token set" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ Each run is a process of its own, as a user would start it. What was measured st
 """
 
 import json
+import re
 import shlex
 import shutil
 import subprocess
@@ -56,11 +57,13 @@ def outcome(run: Path, process: subprocess.Popen[str], kept: tuple[str, ...]) ->
     """Wait for a training; return what it says of the run, and of how it went what is to be kept."""
     _, told = process.communicate()
     lines = told.strip().splitlines() or ["it said nothing"]
-    last = next((line for line in reversed(lines) if line.startswith(ERROR)), lines[-1])
-    if UNAVAILABLE in last:
-        return {"status": "unavailable", "reason": last.removeprefix(ERROR)}
+    # Of several processes the first one says the cause, and torchrun has the last word.
+    causes = [line for start in (ERROR, r"[\w.]+(Error|Exception)\b") for line in lines if re.match(start, line)]
+    cause = (causes or lines[-1:])[0]
+    if UNAVAILABLE in cause:
+        return {"status": "unavailable", "reason": cause.removeprefix(ERROR)}
     if process.returncode:
-        return {"status": "failed", "reason": f"exit code {process.returncode}: {last}"}
+        return {"status": "failed", "reason": f"exit code {process.returncode}: {cause}"}
     record = json.loads((run / "run.json").read_text())
     facts = {name: record[name] for name in ("parameters", "attention_backend", "loss", "tokens_per_step")}
     return {"status": "ok", "reason": None, **facts, **{name: record["finished"].get(name) for name in kept}}
@@ -96,7 +99,7 @@ def scaling(
     """
     open_set(data)
     check_result(out)
-    if steps < FEWEST:
+    if steps < FEWEST and not shared:
         raise UserError(f"--steps {steps} are too few to measure a speed by; take {FEWEST} or more")
     record = start("gpt2_scaling")
     cases = [("gpt2", "ddp", batch_size, 1), ("gpt2", "ddp", batch_size, 8), (sharded, "fsdp", sharded_batch_size, 1)]
@@ -201,14 +204,13 @@ def backends(
                 stack.enter_context(training(run, *fixed, "--model.backend", name, *more))
                 for run, (_, name, more) in zip(runs, group, strict=True)
             ]
+            stack.enter_context(stopped_together(processes))
             for (label, *_), run, process in zip(group, runs, processes, strict=True):
                 row: dict[str, Any] = {"backend": label, **outcome(run, process, LEARNT)}
                 if row["status"] == "ok":
-                    row["train_loss"] = [round(float(loss), 5) for loss in read_curves(run)["train/loss"][1]]
-                    expected = expected or row["train_loss"]
-                    away = [abs(one - other) for one, other in zip(row["train_loss"], expected, strict=True)]
-                    row |= {"first_loss": row["train_loss"][0], "largest_difference": round(max(away), 5)}
-                    row["of_first_10"] = round(max(away[:10]), 5)
+                    losses = [round(float(loss), 5) for loss in read_curves(run)["train/loss"][1]]
+                    expected = losses if label == "standard" else expected
+                    row |= compared(losses, expected)
                 record["rows"].append(row)
                 write_result(out, record)
     report.show(report.backends(out))
@@ -218,6 +220,27 @@ def backends(
         print(f"more than {within} from standard attention: {', '.join(apart)}", file=sys.stderr)
     broken = [row for row in record["rows"] if row["status"] not in ("ok", "unavailable")]
     return int(bool(apart or broken) or record["rows"][0]["status"] != "ok")
+
+
+@contextmanager
+def stopped_together(processes: list[subprocess.Popen[str]]) -> Iterator[None]:
+    """Ask all to stop where one would be waited for before the next is asked."""
+    try:
+        yield
+    except BaseException:
+        for process in processes:
+            process.terminate()
+        raise
+
+
+def compared(losses: list[float], expected: list[float]) -> dict[str, Any]:
+    """Say how far logged losses are from those of standard attention."""
+    if len(losses) != len(expected):
+        reason = f"it logged {len(losses)} losses, and standard attention {len(expected)}"
+        return {"status": "failed", "reason": reason}
+    away = [abs(one - other) for one, other in zip(losses, expected, strict=True)]
+    largest = {"largest_difference": round(max(away), 5), "of_first_10": round(max(away[:10]), 5)}
+    return {"train_loss": losses, "first_loss": losses[0], **largest}
 
 
 def start(kind: str) -> dict[str, Any]:

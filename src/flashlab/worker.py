@@ -123,8 +123,8 @@ def running_flashlab(*words: object, sharing: int = 1, **options: Any) -> Iterat
 
     Args:
         words: of the command line.
-        sharing: processes that do it together on one GPU. What each has in memory is as on a GPU of its own; they
-            exchange it by a network, and wait for each other, so that times mean nothing.
+        sharing: processes that do it together on one GPU. Each has in memory what it would have on a GPU of its own;
+            what they exchange goes through a network, and they take turns, so that times mean nothing.
         options: of `subprocess.Popen`.
     """
     command = [sys.executable, "-m", "flashlab", *map(str, words)]
@@ -137,8 +137,8 @@ def running_flashlab(*words: object, sharing: int = 1, **options: Any) -> Iterat
             yield process
         except BaseException:
             process.terminate()
-            with suppress(subprocess.TimeoutExpired):
-                process.wait(GRACE_S)
+            with suppress(subprocess.TimeoutExpired):  # torchrun ends in GRACE_S what does not stop, and only it can
+                process.wait(GRACE_S if sharing == 1 else 2 * GRACE_S)
             process.kill()
             raise
 

@@ -12,6 +12,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -185,14 +186,29 @@ def test_backends_train_alike_and_those_that_cannot_say_why(tokens, tmp_path):
 def test_a_backend_that_trains_otherwise_fails(tokens, tmp_path, monkeypatch, capsys):
     monkeypatch.syspath_prepend(FOLDER)
     experiments = import_module("experiments")
-    losses = iter([[5.0, 4.0], [5.0, 4.01], [5.0, 4.0], [5.0, 4.07], [5.01, 4.0]])
-    monkeypatch.setattr(experiments, "training", lambda *_: nullcontext())
+    losses = iter([[5.0, 4.0], [5.0, 4.01], [5.0, 4.0], [5.0, 4.07], [5.0]])
+    monkeypatch.setattr(experiments, "training", lambda *_: nullcontext(Mock()))
     monkeypatch.setattr(experiments, "outcome", lambda *_: {"status": "ok", "best_val_loss": 4.0})
     monkeypatch.setattr(experiments, "read_curves", lambda _: {"train/loss": ([1, 2], next(losses))})
     out = tmp_path / "backends.json"
     assert experiments.backends(tokens, names=["tiled", "sdpa_math"], out=out) == 1
-    assert [row["largest_difference"] for row in json.loads(out.read_text())["rows"]] == [0, 0.01, 0, 0.07, 0.01]
+    *ran, short = json.loads(out.read_text())["rows"]
+    assert [row["largest_difference"] for row in ran] == [0, 0.01, 0, 0.07]
+    assert (short["status"], short["reason"]) == ("failed", "it logged 1 losses, and standard attention 2")
     assert capsys.readouterr().err == "more than 0.06 from standard attention: tiled\n"
+
+
+def test_what_several_processes_say_has_one_cause(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(FOLDER)
+    outcome = import_module("experiments").outcome
+    both = "flashlab: error: out of memory\nflashlab: error: another process has ended\nChildFailedError: x\n=====\n"
+    for told, cause in (
+        (both, "flashlab: error: out of memory"),
+        ("ValueError: no\n====", "ValueError: no"),
+        ("a", "a"),
+    ):
+        process = Mock(communicate=lambda told=told: ("", told), returncode=1)
+        assert outcome(tmp_path, process, ()) == {"status": "failed", "reason": f"exit code 1: {cause}"}
 
 
 def test_sampling_measures_both_ways_and_compares_their_tokens(tmp_path):
