@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -45,12 +45,10 @@ UNAVAILABLE = "cannot run this call: "  # what a backend says, and behind it why
 SHARED_BYTES, COPIED_BYTES = 12, 2
 
 
-@contextmanager
-def training(run: Path, *options: object, sharing: int = 1) -> Iterator[subprocess.Popen[str]]:
+def training(run: Path, *options: object, sharing: int = 1) -> AbstractContextManager[subprocess.Popen[str]]:
     """Start `flashlab gpt2 train`, whose end `outcome` waits for."""
     words = ["gpt2", "train", *options, "--run", run]
-    with running_flashlab(*words, sharing=sharing, stdout=sys.stderr, stderr=subprocess.PIPE) as process:
-        yield process
+    return running_flashlab(*words, sharing=sharing, stdout=sys.stderr, stderr=subprocess.PIPE)
 
 
 def outcome(run: Path, process: subprocess.Popen[str], kept: tuple[str, ...]) -> dict[str, Any]:
